@@ -1,0 +1,204 @@
+// One PTX instruction a function, named as in the PTX manual. No CUDA header is included: kernels
+// are compiled by NVRTC from these sources alone.
+#pragma once
+
+namespace jax_ds {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+#define JAX_DS_DEVICE __device__ __forceinline__
+
+// ---- where am I --------------------------------------------------------------------------------
+
+JAX_DS_DEVICE u32 lane_id() { return threadIdx.x % 32; }
+
+// Uniform over the warp, and known to the compiler to be so.
+JAX_DS_DEVICE u32 warp_id() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
+// True in one thread of the (converged) warp.
+JAX_DS_DEVICE bool elect_one() {
+  u32 elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
+JAX_DS_DEVICE u32 cluster_ctarank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+JAX_DS_DEVICE u64 globaltimer() {
+  u64 nanoseconds;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
+  return nanoseconds;
+}
+
+// ---- shared memory addresses -------------------------------------------------------------------
+
+JAX_DS_DEVICE u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// The address, in the cluster's window, of the same shared variable in CTA `rank` of the cluster.
+JAX_DS_DEVICE u32 mapa(u32 address, u32 rank) {
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+// ---- barriers and fences -----------------------------------------------------------------------
+
+// Named barrier `id` (1 to 15; 0 is __syncthreads) over `threads` threads.
+JAX_DS_DEVICE void bar_sync(u32 id, u32 threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+JAX_DS_DEVICE void bar_arrive(u32 id, u32 threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+JAX_DS_DEVICE void barrier_cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+JAX_DS_DEVICE void barrier_cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+JAX_DS_DEVICE void cluster_sync() {
+  barrier_cluster_arrive();
+  barrier_cluster_wait();
+}
+
+// Orders ordinary accesses to shared memory before later ones of TMA or wgmma.
+JAX_DS_DEVICE void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The same for global memory too (after an acquire, before TMA reads what another SM stored).
+JAX_DS_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Makes mbarrier.init visible to the cluster and to the async proxy.
+JAX_DS_DEVICE void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// ---- registers and launches --------------------------------------------------------------------
+
+template <int kRegisters>
+JAX_DS_DEVICE void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+JAX_DS_DEVICE void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Blocks until the grids this one depends on have finished and their writes are visible. Nothing
+// a predecessor writes may be read before it.
+JAX_DS_DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Allows the dependent grid to start; its own griddepcontrol.wait still waits for our end.
+JAX_DS_DEVICE void griddepcontrol_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// ---- data movement -----------------------------------------------------------------------------
+
+JAX_DS_DEVICE float ld_shared_f32(u32 address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+  return value;
+}
+
+JAX_DS_DEVICE void st_shared_v4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+JAX_DS_DEVICE void st_shared_v2_f32(u32 address, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+JAX_DS_DEVICE void stmatrix_x4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+JAX_DS_DEVICE void stmatrix_x2(u32 address, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a),
+               "r"(b)
+               : "memory");
+}
+
+// 4 bytes, zero where `valid` is false (nothing is read then).
+JAX_DS_DEVICE void cp_async_4(u32 shared, const void* global, bool valid) {
+  const u32 bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes)
+               : "memory");
+}
+
+JAX_DS_DEVICE void cp_async_16(u32 shared, const void* global, bool valid) {
+  const u32 bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes)
+               : "memory");
+}
+
+JAX_DS_DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+JAX_DS_DEVICE void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Arrives on the mbarrier once this thread's earlier cp.async are complete; the arrival is one of
+// those the barrier was initialised to expect.
+JAX_DS_DEVICE void cp_async_mbarrier_arrive_noinc(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Two floats rounded to nearest even; `low` lands in the lower half.
+JAX_DS_DEVICE u32 cvt_bf16x2(float low, float high) {
+  u32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// ---- synchronisation through global memory -----------------------------------------------------
+
+JAX_DS_DEVICE u32 ld_acquire_gpu(const u32* pointer) {
+  u32 value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+JAX_DS_DEVICE void red_release_gpu_add(u32* pointer, u32 value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
+
+JAX_DS_DEVICE u32 atom_acq_rel_gpu_add(u32* pointer, u32 value) {
+  u32 old;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(pointer), "r"(value)
+               : "memory");
+  return old;
+}
+
+}  // namespace jax_ds
