@@ -1,0 +1,70 @@
+"""Checks of a user's arguments, raised while tracing.
+
+Every message names the argument, the rule and the value, in that order:
+`kv_pages: page size must be 64, got 16`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def fail(argument: str, rule: str, got: object) -> NoReturn:
+    """Raises the ValueError for a rule that `argument` breaks."""
+    raise ValueError(f"{argument}: {rule}, got {got}")
+
+
+def check(condition: bool, argument: str, rule: str, got: object) -> None:
+    """Raises unless `condition` holds."""
+    if not condition:
+        fail(argument, rule, got)
+
+
+def check_rank(argument: str, x: Any, rank: int) -> None:
+    """Requires exactly `rank` dimensions."""
+    if np.ndim(x) != rank:
+        fail(argument, f"must have {rank} dimensions", f"shape {format_shape(np.shape(x))}")
+
+
+def check_dtype(argument: str, x: Any, *allowed: Any) -> None:
+    """Requires one of the `allowed` dtypes; a TypeError otherwise."""
+    dtype = jnp.dtype(x.dtype)
+    if dtype not in {jnp.dtype(a) for a in allowed}:
+        names = " or ".join(jnp.dtype(a).name for a in allowed)
+        raise TypeError(f"{argument}: dtype must be {names}, got {dtype.name}")
+
+
+def check_shape(argument: str, x: Any, expected: Sequence[int | None], letters: str) -> None:
+    """Requires the `expected` shape, where None stands for any size.
+
+    `letters` names the dimensions as the docstrings do, for instance `"B S H 576"`.
+    """
+    shape = np.shape(x)
+    fits = len(shape) == len(expected) and all(
+        want is None or have == want for have, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("*" if want is None else str(want) for want in expected)
+        fail(argument, f"must have shape [{letters}] = [{wanted}]", format_shape(shape))
+
+
+def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:
+    """Requires `value` to be one of `choices`."""
+    if value not in choices:
+        fail(argument, "must be one of " + ", ".join(map(repr, choices)), repr(value))
+
+
+def check_axis(argument: str, axis_name: str | tuple[str, ...]) -> int:
+    """Requires mesh axes that are manual here (inside `jax.shard_map`); returns their size."""
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    try:
+        return int(jax.lax.axis_size(names))
+    except (NameError, KeyError):
+        fail(argument, "must name axes of the enclosing jax.shard_map", repr(axis_name))
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
