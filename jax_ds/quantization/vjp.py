@@ -1,0 +1,21 @@
+"""Quantized values carry no gradient: differentiating through one is an error, never a guess."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+
+
+def without_gradient(op: str, instead: str, function: Callable[..., Any], *operands: Any) -> Any:
+    """`function(*operands)`, whose differentiation raises a TypeError.
+
+    Differentiated as it stands, XLA would round the cotangent to FP8 at the first conversion.
+    `instead` says what to do; `function` must close over nothing that is traced.
+    """
+
+    def refuse(*_: Any) -> NoReturn:
+        raise TypeError(f"{op}: not differentiable, a cotangent cannot cross FP8 values; {instead}")
+
+    call = jax.custom_vjp(function)
+    call.defvjp(refuse, refuse)
+    return call(*operands)
