@@ -1,0 +1,327 @@
+"""Public functions of `jax_ds.flash_mla`: they validate, choose an implementation and document.
+
+Sizes, the same in every docstring: B sequences, S new tokens of each, H query heads, D width of a
+cached row (512 latent + 64 rope in DeepSeek-V3), V width of a value, P pages of L tokens, N pages
+of the longest sequence.
+"""
+
+import functools
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_ds._core.checks import check, check_dtype, check_rank, check_shape
+from jax_ds._runtime.choose import Implementation, choose
+from jax_ds.flash_mla import vjp, xla
+from jax_ds.flash_mla.config import DecodeConfig, PrefillConfig
+
+PAGE_SIZES = (16, 32, 64, 128)
+_FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def decode(
+    q: Float[Array, "B S H D"],
+    kv_pages: Float[Array, "P L D"],
+    page_table: Int32[Array, "B N"],
+    seq_lens: Int32[Array, " B"],
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    value_dim: int = 512,
+    return_lse: bool = False,
+    implementation: Implementation = None,
+) -> Float[Array, "B S H V"] | tuple[Float[Array, "B S H V"], Float32[Array, "B S H"]]:
+    """Attention of S new tokens per sequence over a paged latent cache.
+
+    All heads share one cached row per token. With `c[b, j]` the row of token j of sequence b,
+    `kv_pages[page_table[b, j // L], j % L]`, and `T = seq_lens[b]`:
+
+        score[b, s, h, j] = scale * q[b, s, h] . c[b, j]        j < T, and j <= T - S + s if causal
+        lse[b, s, h]      = log(sum_j exp(score[b, s, h, j]))
+        out[b, s, h]      = sum_j exp(score[b, s, h, j] - lse[b, s, h]) * c[b, j, :value_dim]
+
+    Products accumulate in float32; probabilities are rounded to the dtype of q before they meet
+    the values. A row without any key (length 0, or a causal row with `T - S + s < 0`) gives out 0,
+    lse -inf and zero gradients, whatever q holds there. Memory does not depend on the lengths;
+    only pages of existing tokens are read, and work stops at the longest sequence.
+
+    Differentiable (reverse mode) with respect to q and kv_pages, through out and lse: the
+    portable backward recomputes block by block from the saved lse, its memory is linear. Tokens
+    of a page that several sequences share receive the sum of their gradients; on a GPU the order
+    of that sum is not fixed. Inside `jax.shard_map` every operand is this device's part.
+
+    Args:
+      q: bfloat16, float16 or float32 queries, already multiplied into the latent space.
+      kv_pages: the cache, dtype of q; page size L is 16, 32, 64 or 128. Slots that hold no token
+        of a sequence may contain anything, NaN included.
+      page_table: int32 page indices. Entries past a sequence's last page may be anything; the
+        others must lie in [0, P).
+      seq_lens: int32 lengths, counting the S tokens of q too (their rows are in the cache
+        already, see `append`); at most N * L. Zero and lengths below S are allowed.
+      scale: factor of the scores; None is D**-0.5 (DeepSeek models pass 192**-0.5).
+      causal: hide later tokens from earlier queries, aligned at the last token. If False, every
+        query sees all T tokens.
+      value_dim: V, how many leading columns of a row are its value.
+      return_lse: also return lse, natural logarithm, float32.
+      implementation: "cuda" (this library's kernels), "xla" (portable), None (ours on Hopper).
+
+    Returns:
+      out [B, S, H, V] in the dtype of q, or `(out, lse)`.
+
+    Raises:
+      ValueError, TypeError: an argument of wrong shape, dtype or value.
+      NotImplementedError: `implementation="cuda"` where the kernel cannot run.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1), FlashMLA; the online softmax is that of
+    FlashAttention (arXiv 2205.14135).
+    """
+    check_rank("q", q, 4)
+    check_dtype("q", q, *_FLOATS)
+    batch, _, _, width = q.shape
+    _check_cache(kv_pages, page_table, seq_lens, batch)
+    check_shape("kv_pages", kv_pages, (None, None, width), "P L D")
+    _check_same_dtype("kv_pages", kv_pages, "q", q)
+    check(
+        isinstance(value_dim, int) and 1 <= value_dim <= width,
+        "value_dim",
+        f"must be an integer from 1 to D = {width}",
+        value_dim,
+    )
+    config = DecodeConfig(
+        scale=_scale(scale, width),
+        causal=bool(causal),
+        value_dim=value_dim,
+        implementation=implementation,
+    )
+    out, lse = vjp.decode(_DECODE, config, q, kv_pages, page_table, seq_lens)
+    return (out, lse) if return_lse else out
+
+
+def append(
+    kv_pages: Float[Array, "P L D"],
+    kv: Float[Array, "B S D"],
+    page_table: Int32[Array, "B N"],
+    seq_lens: Int32[Array, " B"],
+    *,
+    implementation: Implementation = None,
+) -> Float[Array, "P L D"]:
+    """Writes S new rows per sequence into their pages and returns the cache.
+
+        j = seq_lens[b] - S + s
+        kv_pages[page_table[b, j // L], j % L] = kv[b, s]        for every b, s with j >= 0
+
+    The update happens in place where XLA may reuse `kv_pages`: when it is donated to the
+    enclosing `jax.jit`, or carried by `jax.lax.scan`. Rows at a negative position are dropped, so
+    a sequence of length 0 (an empty slot of a batch) writes nothing, and one of length n < S keeps
+    the last n rows of `kv`. Slots written in one call must differ from each other: which of two
+    rows for the same slot stays is not defined.
+
+    Differentiable (reverse mode) with respect to kv_pages and kv.
+
+    Args:
+      kv_pages: the cache, bfloat16, float16 or float32; page size L is 16, 32, 64 or 128.
+      kv: the new rows, dtype of kv_pages.
+      page_table: int32 page indices, as in `decode`. Entries past a sequence's last page may be
+        anything; rows whose entry lies outside [0, P) are dropped.
+      seq_lens: int32 lengths after the append, the same values that `decode` takes next.
+      implementation: as in `decode`.
+
+    Returns:
+      The cache after the writes, shape and dtype of kv_pages.
+
+    Raises:
+      ValueError, TypeError: an argument of wrong shape, dtype or value.
+      NotImplementedError: `implementation="cuda"` where the kernel cannot run.
+
+    Source: the paged cache of vLLM (arXiv 2309.06180) in the layout of FlashMLA.
+    """
+    check_rank("kv", kv, 3)
+    check_dtype("kv", kv, *_FLOATS)
+    _check_cache(kv_pages, page_table, seq_lens, kv.shape[0])
+    check_shape("kv_pages", kv_pages, (None, None, kv.shape[2]), "P L D")
+    _check_same_dtype("kv_pages", kv_pages, "kv", kv)
+    return vjp.append(_APPEND, implementation, kv_pages, kv, page_table, seq_lens)
+
+
+def prefill(
+    q: Float[Array, "B Sq H Dk"],
+    k: Float[Array, "B Sk Hk Dk"],
+    v: Float[Array, "B Sk Hk V"],
+    k_rope: Float[Array, "B Sk 1 Dr"] | None = None,
+    cu_seqlens_q: Int32[Array, " N+1"] | None = None,
+    cu_seqlens_k: Int32[Array, " N+1"] | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation = None,
+) -> Float[Array, "B Sq H V"] | tuple[Float[Array, "B Sq H V"], Float32[Array, "B Sq H"]]:
+    """Attention of Sq queries over Sk keys, for prefill and training.
+
+        score[b, i, h, j] = scale * q[b, i, h] . key[b, j, h]         all j, or j <= i + Sk - Sq if causal
+        lse[b, i, h]      = log(sum_j exp(score[b, i, h, j]))
+        out[b, i, h]      = sum_j exp(score[b, i, h, j] - lse[b, i, h]) * v[b, j, h // (H / Hk)]
+
+    where `key[b, j, h]` is `k[b, j, h // (H / Hk)]`, followed by `k_rope[b, j, 0]` if given. The
+    causal mask is aligned at the last query and the last key (chunked prefill: k holds the past
+    too). Products accumulate in float32; probabilities are rounded to the dtype of v before they
+    meet the values. A row without any key gives out 0, lse -inf and zero gradients, whatever q
+    holds there.
+
+    Differentiable (reverse mode) with respect to q, k, v and k_rope, through out and lse. Nothing
+    of size Sq * Sk is stored, forward or backward; blocks that the mask hides are skipped, so
+    causal attention costs half. The portable implementation is deterministic.
+
+    Packed batches: with `cu_seqlens_q` (and `cu_seqlens_k`, the same if None) B is 1, and
+    sequence n consists of queries `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1]` and of the keys that
+    `cu_seqlens_k` says; each attends within itself, with its own causal alignment. Tokens past
+    the last offset are padding: their values, NaN included, touch nothing.
+
+    Args:
+      q: bfloat16, float16 or float32 queries, B Sq H Dk (192 in DeepSeek-V3: 128 + 64 rotary).
+      k: keys, dtype of q, Hk heads where Hk divides H; width Dk, or Dk - Dr with `k_rope`.
+      v: values of any width, dtype of q.
+      k_rope: the rotary part of the keys, shared by all heads and never copied per head.
+      cu_seqlens_q: int32 offsets, non-decreasing, from 0 to at most Sq.
+      cu_seqlens_k: int32 offsets, non-decreasing, from 0 to at most Sk.
+      causal: whether a query sees only the keys up to its own position.
+      scale: factor of the scores; None is Dk**-0.5.
+      return_lse: also return lse, natural logarithm, float32.
+      implementation: "cuda" (this library's kernels), "xla" (portable), None (ours on Hopper).
+
+    Returns:
+      out [B, Sq, H, V] in the dtype of q, or `(out, lse)`.
+
+    Raises:
+      ValueError, TypeError: an argument of wrong shape, dtype or value.
+      NotImplementedError: `implementation="cuda"` where the kernel cannot run.
+
+    Source: FlashAttention-2 (arXiv 2307.08691); heads as in DeepSeek-V2 (arXiv 2405.04434).
+    """
+    _check_heads(q, k, v, k_rope)
+    cu_seqlens_k = _check_packing(q, k, cu_seqlens_q, cu_seqlens_k)
+    config = PrefillConfig(
+        scale=_scale(scale, q.shape[3]), causal=bool(causal), implementation=implementation
+    )
+    out, lse = vjp.prefill(_PREFILL, config, q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
+    return (out, lse) if return_lse else out
+
+
+def _decode_forward(config: DecodeConfig, *operands: Any) -> Any:
+    return choose(
+        "flash_mla.decode",
+        config.implementation,
+        operands,
+        xla=functools.partial(xla.decode, config),
+        cuda=None,
+    )
+
+
+def _append_forward(implementation: Implementation, *operands: Any) -> Any:
+    return choose("flash_mla.append", implementation, operands, xla=xla.append, cuda=None)
+
+
+def _prefill_forward(config: PrefillConfig, *operands: Any) -> Any:
+    return choose(
+        "flash_mla.prefill",
+        config.implementation,
+        operands,
+        xla=functools.partial(xla.prefill, config),
+        cuda=None,
+    )
+
+
+def _prefill_backward(config: PrefillConfig, *operands: Any) -> Any:
+    return choose(
+        "flash_mla.prefill's gradient",
+        config.implementation,
+        operands,
+        xla=functools.partial(xla.prefill_backward, config),
+        cuda=None,
+    )
+
+
+_DECODE = vjp.Rule(_decode_forward, xla.decode_backward)
+_APPEND = vjp.Rule(_append_forward, xla.append_backward)
+_PREFILL = vjp.Rule(_prefill_forward, _prefill_backward)
+
+
+def _scale(scale: float | None, width: int) -> float:
+    if scale is None:
+        return float(width**-0.5)
+    valid = isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0
+    check(valid, "scale", "must be a positive finite number", scale)
+    return float(scale)
+
+
+def _check_cache(
+    kv_pages: jax.Array, page_table: jax.Array, seq_lens: jax.Array, batch: int
+) -> None:
+    check_rank("kv_pages", kv_pages, 3)
+    check_dtype("kv_pages", kv_pages, *_FLOATS)
+    page_size = kv_pages.shape[1]
+    check(page_size in PAGE_SIZES, "kv_pages", "page size must be 16, 32, 64 or 128", page_size)
+    check_dtype("page_table", page_table, jnp.int32)
+    check_shape("page_table", page_table, (batch, None), "B N")
+    check_dtype("seq_lens", seq_lens, jnp.int32)
+    check_shape("seq_lens", seq_lens, (batch,), "B")
+
+
+def _check_same_dtype(argument: str, x: jax.Array, other: str, like: jax.Array) -> None:
+    if x.dtype != like.dtype:
+        raise TypeError(
+            f"{argument}: dtype must be {other}'s, {like.dtype.name}, got {x.dtype.name}"
+        )
+
+
+def _check_heads(q: jax.Array, k: jax.Array, v: jax.Array, k_rope: jax.Array | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_rank(name, x, 4)
+    check_dtype("q", q, *_FLOATS)
+    batch, _, heads, width = q.shape
+    rope = 0
+    if k_rope is not None:
+        check_rank("k_rope", k_rope, 4)
+        rope = k_rope.shape[3]
+        check(rope < width, "k_rope", f"its width must be below q's, {width}", rope)
+        check_shape("k_rope", k_rope, (batch, k.shape[1], 1, None), "B Sk 1 Dr")
+        _check_same_dtype("k_rope", k_rope, "q", q)
+    check_shape(
+        "k", k, (batch, None, None, width - rope), "B Sk Hk Dk-Dr" if rope else "B Sk Hk Dk"
+    )
+    kv_heads = k.shape[2]
+    check(
+        kv_heads > 0 and heads % kv_heads == 0,
+        "k",
+        f"its heads must divide q's {heads}",
+        kv_heads,
+    )
+    check_shape("v", v, (batch, k.shape[1], kv_heads, None), "B Sk Hk V")
+    _check_same_dtype("k", k, "q", q)
+    _check_same_dtype("v", v, "q", q)
+
+
+def _check_packing(
+    q: jax.Array, k: jax.Array, cu_seqlens_q: jax.Array | None, cu_seqlens_k: jax.Array | None
+) -> jax.Array | None:
+    """Checks the offsets of a packed batch; returns those of the keys."""
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k: needs cu_seqlens_q too, got None for it")
+        return None
+    check_rank("cu_seqlens_q", cu_seqlens_q, 1)
+    check_dtype("cu_seqlens_q", cu_seqlens_q, jnp.int32)
+    entries = cu_seqlens_q.shape[0]
+    check(entries >= 2, "cu_seqlens_q", "must have at least 2 entries", entries)
+    check(q.shape[0] == 1, "q", "B must be 1 with cu_seqlens_q", q.shape[0])
+    if cu_seqlens_k is None:
+        same = q.shape[1] == k.shape[1]
+        check(same, "cu_seqlens_k", "is needed where Sk differs from Sq", None)
+        return cu_seqlens_q
+    check_dtype("cu_seqlens_k", cu_seqlens_k, jnp.int32)
+    check_shape("cu_seqlens_k", cu_seqlens_k, (entries,), "N+1")
+    return cu_seqlens_k
