@@ -25,8 +25,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_ds._core.checks import check, check_choice, check_dtype, check_rank, check_shape
-from jax_ds._core.checks import fail, format_shape
+from jax_ds._core.checks import (
+    check,
+    check_choice,
+    check_dtype,
+    check_rank,
+    check_shape,
+    fail,
+    format_shape,
+)
 from jax_ds._runtime.choose import Implementation, choose
 from jax_ds.quantization import xla
 from jax_ds.quantization.groups import check_group_sizes

@@ -1,0 +1,21 @@
+"""FP8 matrix products with fine-grained scales (after DeepGEMM)."""
+
+from jax_ds.deep_gemm.api import (
+    fp8_gemm,
+    fp8_grouped_gemm,
+    fp8_grouped_wgrad,
+    fp8_masked_gemm,
+    fp8_wgrad,
+)
+from jax_ds.deep_gemm.linear import bf16_grouped_gemm, fp8_grouped_linear, fp8_linear
+
+__all__ = [
+    "bf16_grouped_gemm",
+    "fp8_gemm",
+    "fp8_grouped_gemm",
+    "fp8_grouped_linear",
+    "fp8_grouped_wgrad",
+    "fp8_linear",
+    "fp8_masked_gemm",
+    "fp8_wgrad",
+]
