@@ -4,20 +4,16 @@
 #pragma once
 
 #include "kernels/mbarrier.cuh"
+#include "kernels/tensor_map.h"
 
 namespace jax_ds {
 
-// CUtensorMap of the driver API (cuda.h does not compile under NVRTC). A kernel takes it as
-// `const __grid_constant__ TensorMap`, or as a member of its one such parameter.
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
-static_assert(sizeof(TensorMap) == 128);
-
 // L2 eviction policies, as createpolicy would make them.
-constexpr u64 kEvictNormal = 0x1000000000000000ull;
-constexpr u64 kEvictFirst = 0x12F0000000000000ull;
-constexpr u64 kEvictLast = 0x14F0000000000000ull;
+enum CachePolicy : u64 {
+  kEvictNormal = 0x1000000000000000ull,
+  kEvictFirst = 0x12F0000000000000ull,
+  kEvictLast = 0x14F0000000000000ull,
+};
 
 JAX_DS_DEVICE void prefetch_tensormap(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -27,7 +23,7 @@ JAX_DS_DEVICE void prefetch_tensormap(const TensorMap* map) {
 // ------------------------------
 
 JAX_DS_DEVICE void tma_load_2d(void* shared, const TensorMap* map, u64* barrier, int x, int y,
-                               u64 policy = kEvictNormal) {
+                               CachePolicy policy = kEvictNormal) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
@@ -36,7 +32,7 @@ JAX_DS_DEVICE void tma_load_2d(void* shared, const TensorMap* map, u64* barrier,
 }
 
 JAX_DS_DEVICE void tma_load_3d(void* shared, const TensorMap* map, u64* barrier, int x, int y,
-                               int z, u64 policy = kEvictNormal) {
+                               int z, CachePolicy policy = kEvictNormal) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
@@ -45,7 +41,7 @@ JAX_DS_DEVICE void tma_load_3d(void* shared, const TensorMap* map, u64* barrier,
 }
 
 JAX_DS_DEVICE void tma_load_4d(void* shared, const TensorMap* map, u64* barrier, int x, int y,
-                               int z, int w, u64 policy = kEvictNormal) {
+                               int z, int w, CachePolicy policy = kEvictNormal) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
@@ -56,7 +52,7 @@ JAX_DS_DEVICE void tma_load_4d(void* shared, const TensorMap* map, u64* barrier,
 // The tile lands at the same offset, and the bytes are counted on the barrier at the same offset,
 // in every CTA of the cluster whose bit is set in `mask`.
 JAX_DS_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, u64* barrier, u16 mask,
-                                         int x, int y, u64 policy = kEvictNormal) {
+                                         int x, int y, CachePolicy policy = kEvictNormal) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster.L2::cache_hint [%0], [%1, {%4, %5}], [%2], %3, %6;" ::"r"(
@@ -66,7 +62,7 @@ JAX_DS_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, u64
 }
 
 JAX_DS_DEVICE void tma_load_3d_multicast(void* shared, const TensorMap* map, u64* barrier, u16 mask,
-                                         int x, int y, int z, u64 policy = kEvictNormal) {
+                                         int x, int y, int z, CachePolicy policy = kEvictNormal) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster.L2::cache_hint [%0], [%1, {%4, %5, %6}], [%2], %3, %7;" ::"r"(

@@ -1,0 +1,197 @@
+// Elements, their largest magnitude, scales and FP8 values: the arithmetic all quantizers share.
+//
+//   scale = 1 if amax < 2^-107, else amax * float(1/448)     (ue8m0: rounded up to a power of two)
+//   value = e4m3(x / scale), IEEE division, round to nearest even
+#pragma once
+
+#include "kernels/ptx.cuh"
+#include "quantization/kernels/params.h"
+
+namespace jax_ds::quantization {
+
+constexpr int kBlock = 128;
+constexpr u32 kNaN = 0x7fc00000;
+
+enum class Input { kBfloat16, kFloat32 };
+
+// Magnitudes are compared as integers: bits without the sign are ordered like the numbers, with
+// infinity above all finite ones and NaN above infinity, so that NaN propagates.
+template <Input kInput>
+struct Word;  // 32 bits of elements
+
+template <>
+struct Word<Input::kBfloat16> {
+  static constexpr int kElements = 2;
+  static constexpr int kBytes = 2;  // of one element
+  static JAX_DS_DEVICE float element(u32 word, int i) {
+    return __uint_as_float(i == 0 ? word << 16 : word & 0xffff0000u);
+  }
+  static JAX_DS_DEVICE u32 magnitude(u32 word) { return word & 0x7fff7fffu; }
+  static JAX_DS_DEVICE u32 max(u32 a, u32 b) {
+    u32 m;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
+    return m;
+  }
+  // The larger element's magnitude as float bits.
+  static JAX_DS_DEVICE u32 fold(u32 magnitude) {
+    return ::max(magnitude << 16, magnitude & 0xffff0000u);
+  }
+};
+
+template <>
+struct Word<Input::kFloat32> {
+  static constexpr int kElements = 1;
+  static constexpr int kBytes = 4;
+  static JAX_DS_DEVICE float element(u32 word, int) { return __uint_as_float(word); }
+  static JAX_DS_DEVICE u32 magnitude(u32 word) { return word & 0x7fffffffu; }
+  static JAX_DS_DEVICE u32 max(u32 a, u32 b) { return ::max(a, b); }
+  static JAX_DS_DEVICE u32 fold(u32 magnitude) { return magnitude; }
+};
+
+// Sixteen elements of one row: two pieces of eight consecutive ones.
+template <Input kInput>
+struct Segment {
+  using W = Word<kInput>;
+  static constexpr int kWords = 16 / W::kElements;
+  u32 words[kWords];
+
+  JAX_DS_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = 0;
+  }
+
+  // `piece` 0 or 1 from `x`; kAligned: a multiple of 16 bytes, and all eight exist. Otherwise the
+  // first `available` of them do.
+  template <bool kAligned>
+  JAX_DS_DEVICE void load(int piece, const void* x, int available) {
+    u32* to = words + piece * kWords / 2;
+    if constexpr (kAligned) {
+#pragma unroll
+      for (int i = 0; i < kWords / 2; i += 4) {
+        asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[i]), "=r"(to[i + 1]), "=r"(to[i + 2]), "=r"(to[i + 3])
+                     : "l"(static_cast<const char*>(x) + i * 4));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i >= available) break;
+        if constexpr (kInput == Input::kBfloat16) {
+          to[i / 2] |= static_cast<u32>(static_cast<const u16*>(x)[i]) << (i % 2 * 16);
+        } else {
+          to[i] = static_cast<const u32*>(x)[i];
+        }
+      }
+    }
+  }
+
+  JAX_DS_DEVICE float at(int i) const {
+    return W::element(words[i / W::kElements], i % W::kElements);
+  }
+
+  // Largest magnitude of the sixteen, as float bits.
+  JAX_DS_DEVICE u32 amax() const {
+    u32 m = W::magnitude(words[0]);
+#pragma unroll
+    for (int i = 1; i < kWords; ++i) m = W::max(m, W::magnitude(words[i]));
+    return W::fold(m);
+  }
+};
+
+// silu(gate) * up in float32. Where exp overflows, the quotient is a zero of gate's sign.
+JAX_DS_DEVICE float swiglu(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+
+template <Input kInput>
+JAX_DS_DEVICE Segment<Input::kFloat32> swiglu(const Segment<kInput>& gate,
+                                              const Segment<kInput>& up) {
+  Segment<Input::kFloat32> h;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) h.words[i] = __float_as_uint(swiglu(gate.at(i), up.at(i)));
+  return h;
+}
+
+// A block's scale and what dividing by it needs.
+struct Scale {
+  float value;
+  float reciprocal;
+  bool plain;  // divide() is exact
+
+  template <bool kUe8m0>
+  static JAX_DS_DEVICE Scale of(u32 amax_bits) {
+    const float amax = __uint_as_float(amax_bits);
+    float scale = __fmul_rn(amax, 1.0f / 448);
+    if constexpr (kUe8m0) {
+      scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
+    }
+    if (amax < 0x1p-107f) scale = 1.0f;
+    if (amax_bits > 0x7f800000u) scale = __uint_as_float(kNaN);
+    return of_value(scale);
+  }
+
+  static JAX_DS_DEVICE Scale of_value(float scale) {
+    return {scale, __frcp_rn(scale), is_plain(scale)};
+  }
+
+  // Outside these bounds (infinities and NaN too) a remainder or the reciprocal may be subnormal.
+  static JAX_DS_DEVICE bool is_plain(float scale) { return scale > 0x1p-80f && scale < 0x1p120f; }
+
+  // x / value, correctly rounded: a quotient from the rounded reciprocal, corrected by its exact
+  // remainder (Markstein). The signs are such that -0 stays -0.
+  JAX_DS_DEVICE float divide(float x) const {
+    const float quotient = __fmul_rn(x, reciprocal);
+    const float remainder = __fmaf_rn(quotient, value, -x);
+    return __fmaf_rn(-remainder, reciprocal, quotient);
+  }
+  JAX_DS_DEVICE float divide_any(float x) const { return __fdiv_rn(x, value); }
+};
+
+// Four floats as e4m3, the first in the lowest byte. Nothing here exceeds 448; NaN becomes 0x7f.
+JAX_DS_DEVICE u32 cvt_e4m3x4(float a, float b, float c, float d) {
+  u16 low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return static_cast<u32>(low) | static_cast<u32>(high) << 16;
+}
+
+// The sixteen values of a segment, four words.
+template <Input kInput>
+JAX_DS_DEVICE void quantize(const Segment<kInput>& x, const Scale& scale, u32 (&values)[4]) {
+  if (scale.plain) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = cvt_e4m3x4(scale.divide(x.at(4 * i)), scale.divide(x.at(4 * i + 1)),
+                             scale.divide(x.at(4 * i + 2)), scale.divide(x.at(4 * i + 3)));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] =
+          cvt_e4m3x4(scale.divide_any(x.at(4 * i)), scale.divide_any(x.at(4 * i + 1)),
+                     scale.divide_any(x.at(4 * i + 2)), scale.divide_any(x.at(4 * i + 3)));
+    }
+  }
+}
+
+// Eight bytes (two words) to `to`; unaligned, only the first `available` of them.
+template <bool kAligned>
+JAX_DS_DEVICE void store_piece(u8* to, const u32* words, int available) {
+  if constexpr (kAligned) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i < available) to[i] = static_cast<u8>(words[i / 4] >> (i % 4 * 8));
+    }
+  }
+}
+
+// The largest of `bits` among the eight threads of a row.
+JAX_DS_DEVICE u32 max_over_eight(u32 bits) {
+#pragma unroll
+  for (int lane = 1; lane < 8; lane *= 2) {
+    bits = ::max(bits, __shfl_xor_sync(0xffffffffu, bits, lane));
+  }
+  return bits;
+}
+
+}  // namespace jax_ds::quantization

@@ -1,0 +1,72 @@
+#include "support/driver.h"
+
+#include "support/library.h"
+
+namespace jax_ds {
+
+ErrorOr<Driver> Driver::Open() {
+  JAX_DS_ASSIGN_OR_RETURN(
+      SharedLibrary library,
+      SharedLibrary::Open({"libcuda.so.1"}, "the NVIDIA driver (libcuda.so.1)",
+                          "run on a machine with an NVIDIA GPU and its driver, 580 or newer"));
+  Driver d;
+#define JAX_DS_FIND(name, symbol) JAX_DS_RETURN_IF_ERROR(library.Find(symbol, &d.name))
+  JAX_DS_FIND(cuInit, "cuInit");
+  JAX_DS_FIND(cuDriverGetVersion, "cuDriverGetVersion");
+  JAX_DS_FIND(cuGetErrorName, "cuGetErrorName");
+  JAX_DS_FIND(cuGetErrorString, "cuGetErrorString");
+  JAX_DS_FIND(cuDeviceGet, "cuDeviceGet");
+  JAX_DS_FIND(cuDeviceGetCount, "cuDeviceGetCount");
+  JAX_DS_FIND(cuDeviceGetName, "cuDeviceGetName");
+  JAX_DS_FIND(cuDeviceGetAttribute, "cuDeviceGetAttribute");
+  JAX_DS_FIND(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain");
+  JAX_DS_FIND(cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2");
+  JAX_DS_FIND(cuCtxPushCurrent, "cuCtxPushCurrent_v2");
+  JAX_DS_FIND(cuCtxPopCurrent, "cuCtxPopCurrent_v2");
+  JAX_DS_FIND(cuLibraryLoadData, "cuLibraryLoadData");
+  JAX_DS_FIND(cuLibraryUnload, "cuLibraryUnload");
+  JAX_DS_FIND(cuLibraryGetKernel, "cuLibraryGetKernel");
+  JAX_DS_FIND(cuKernelGetFunction, "cuKernelGetFunction");
+  JAX_DS_FIND(cuFuncLoad, "cuFuncLoad");
+  JAX_DS_FIND(cuFuncSetAttribute, "cuFuncSetAttribute");
+  JAX_DS_FIND(cuFuncGetAttribute, "cuFuncGetAttribute");
+  JAX_DS_FIND(cuLaunchKernelEx, "cuLaunchKernelEx");
+  JAX_DS_FIND(cuOccupancyMaxActiveClusters, "cuOccupancyMaxActiveClusters");
+  JAX_DS_FIND(cuOccupancyMaxActiveBlocksPerMultiprocessor,
+              "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+  JAX_DS_FIND(cuMemsetD8Async, "cuMemsetD8Async");
+  JAX_DS_FIND(cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2");
+  JAX_DS_FIND(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled");
+#undef JAX_DS_FIND
+  JAX_DS_RETURN_IF_ERROR(d.Check(d.cuInit(0), "cuInit"));
+  JAX_DS_RETURN_IF_ERROR(d.Check(d.cuDriverGetVersion(&d.version), "cuDriverGetVersion"));
+  return d;
+}
+
+ErrorOr<const Driver*> Driver::Get() {
+  // Opened once and never closed: XLA itself keeps the driver open to the end of the process.
+  static const ErrorOr<Driver>* const driver = new ErrorOr<Driver>(Open());
+  if (driver->has_error()) return driver->error();
+  return &driver->value();
+}
+
+Error Driver::Check(cuda::Result result, const char* call) const {
+  if (result == 0) return Error::Success();
+  const char* name = nullptr;
+  const char* text = nullptr;
+  cuGetErrorName(result, &name);
+  cuGetErrorString(result, &text);
+  return Internal(std::string(call) + " failed: " + (name ? name : std::to_string(result)) +
+                  (text ? std::string(", ") + text : ""));
+}
+
+ErrorOr<int> Driver::DeviceAttribute(int ordinal, cuda::DeviceAttribute attribute) const {
+  cuda::Device device;
+  int value = 0;
+  JAX_DS_RETURN_IF_ERROR(Check(cuDeviceGet(&device, ordinal), "cuDeviceGet"));
+  JAX_DS_RETURN_IF_ERROR(
+      Check(cuDeviceGetAttribute(&value, attribute, device), "cuDeviceGetAttribute"));
+  return value;
+}
+
+}  // namespace jax_ds
