@@ -1,0 +1,241 @@
+"""Expert parallelism: tokens to the ranks of their experts, and the experts' results back.
+
+Call these functions inside `jax.shard_map`; shapes are those of one device. R ranks along
+`axis_name` hold E experts, E_local = E/R each: rank r has experts `r * E_local` and up. A rank has
+T tokens with up to K experts each, and receives up to C rows.
+
+    plan = plan_dispatch(expert_ids, num_experts=E, axis_name="ep")
+    rows = dispatch(x, plan)                    # [C, H], grouped by local expert
+    y = combine(experts(rows), plan, weights)   # [T, H], y_t = sum_k weights_tk * f_k(x_t)
+
+Every rank must make the same calls in the same order: a `lax.cond` predicate or a loop's trip
+count around them must agree on all ranks. The method is that of DeepEP
+(github.com/deepseek-ai/DeepEP) and of the DeepSeek-V3 report, section 3.2.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Float32, Int32
+
+from jax_ds._core.checks import check, check_axis, check_dtype, check_rank, check_shape, fail
+from jax_ds._runtime.choose import Implementation
+from jax_ds._runtime.varying import to_varying, varying_axes
+from jax_ds.deep_ep import calls, vjp
+from jax_ds.deep_ep.calls import Options
+from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes
+from jax_ds.quantization import Quantized, check_quantized, without_gradient
+
+_MAX_INDEX = 2**31 - 1
+
+
+def plan_dispatch(
+    expert_ids: Int32[Array, "T K"],
+    *,
+    num_experts: int,
+    axis_name: str | tuple[str, ...],
+    capacity: int | None = None,
+    node_capacity: int | None = None,
+    expert_alignment: int = 1,
+    channel: int = 0,
+    implementation: Implementation = None,
+) -> DispatchPlan:
+    """Works out which row of which rank every token becomes.
+
+    A rank's rows are the (token, local expert) pairs that were routed to it, in the order of
+    expert, then source rank, then token. A token that names an expert twice has one row for it,
+    and `combine` adds both weights. Ids outside 0 .. E-1, -1 above all, name no expert.
+
+    Expert e of a rank has `group_sizes[e]` rows, right after those of expert e-1.
+
+    Drops: where `capacity` is too small, each expert keeps its first rows up to a common level, so
+    that the busiest lose first: `min(count_e, level)` for the largest level at which all fit, and
+    one more for each of the first experts cut off as far as room is left (in units of
+    `expert_alignment`). Where `node_capacity` is too small, the first tokens bound for a node are
+    kept, in token order. A dropped pair adds nothing to y and has zero gradients.
+
+    Args:
+      expert_ids: int32 `[T, K]`, any values. T is the same on every rank: fill up with -1.
+      num_experts: E, a multiple of R.
+      axis_name: one mesh axis, or a (node, gpu) pair: then a token crosses the node axis at most
+        once per destination node and fans out along the gpu axis. Ranks are numbered row-major;
+        rows are the same either way.
+      capacity: C, rows that a rank can receive. None: `R * T * min(K, E_local)` and the worst
+        filling by `expert_alignment`, which never drops.
+      node_capacity: tokens that a rank can send to one other node. None: T, which never drops.
+      expert_alignment: each expert's rows start at a multiple of it. `group_sizes` includes the
+        zero rows in between, so that groups stay consecutive.
+      channel: calls that may run at the same time need different channels.
+      implementation: None, "xla" or "cuda".
+
+    Returns:
+      A `DispatchPlan`, a pytree; its `group_sizes` and `num_dropped` are per rank.
+
+    Raises:
+      ValueError, TypeError: for a shape, dtype, size or axis against these rules.
+    """
+    check_rank("expert_ids", expert_ids, 2)
+    check_dtype("expert_ids", expert_ids, jnp.int32)
+    num_tokens, top_k = expert_ids.shape
+    check(top_k >= 1, "expert_ids", "must have at least 1 expert per token", "0")
+    axes, num_ranks = check_axes(axis_name)
+    check_experts(num_experts, num_ranks, axis_name)
+    check_count("expert_alignment", expert_alignment, 1)
+    check_count("channel", channel, 0)
+    if node_capacity is not None:
+        check(len(axes) == 2, "node_capacity", "needs axis_name=(node, gpu)", repr(axis_name))
+        check_count("node_capacity", node_capacity, 1)
+    if capacity is not None and capacity < expert_alignment:
+        fail("capacity", f"must be at least expert_alignment = {expert_alignment}", capacity)
+
+    experts_each = num_experts // num_ranks
+    pairs = num_ranks * num_tokens * min(top_k, experts_each)
+    check(pairs <= _MAX_INDEX, "expert_ids", "R*T*min(K, E_local) must be below 2**31", pairs)
+    if capacity is None:
+        filling = min(experts_each, pairs) * (expert_alignment - 1)
+        capacity = max(pairs + filling, expert_alignment) // expert_alignment * expert_alignment
+    sizes = PlanSizes(
+        axis_name=axes,
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        capacity=capacity,
+        expert_alignment=expert_alignment,
+        channel=channel,
+    )
+    (expert_ids,) = together(axes, expert_ids)
+    plan: DispatchPlan = calls.plan(Options(implementation), sizes, node_capacity, expert_ids)
+    return plan
+
+
+def dispatch(
+    x: Float[Array, "T H"] | Quantized,
+    plan: DispatchPlan,
+    *,
+    num_sms: int | None = None,
+    implementation: Implementation = None,
+) -> Any:
+    """Sends every token to the ranks of its experts: `rows[c] = x[token of row c]`.
+
+    A token goes once to each rank that needs it, however many of its experts live there, and is
+    copied into its rows on arrival. The result feeds `deep_gemm.fp8_grouped_gemm(rows, w,
+    plan.group_sizes)`. Rows without a token are zero (a Quantized's scales are 1 there).
+
+    The gradient is the unweighted combine; its partial sums round as in `combine`. A Quantized x
+    has none: differentiating raises a TypeError.
+
+    Args:
+      x: bfloat16 or float32 `[T, H]`, or Quantized in 1x128 blocks; values and scales travel
+        together as bytes.
+      plan: from `plan_dispatch`.
+      num_sms: the most multiprocessors the kernel may use; None: a small number of its choice.
+      implementation: None, "xla" or "cuda".
+
+    Returns:
+      `[C, H]` with x's dtype, or Quantized `[C, H]`.
+
+    Raises:
+      ValueError, TypeError: for a shape, dtype or keyword against these rules.
+    """
+    sizes = _check_plan(plan, num_sms)
+    options = Options(implementation, num_sms)
+    if isinstance(x, Quantized):
+        check_rank("x.values", x.values, 2)
+        check_quantized("x", x, (1, 128))
+        check_shape("x.values", x.values, (sizes.num_tokens, None), "T H")
+        x, plan = together(sizes.axis_name, x, plan)
+        return without_gradient(
+            "dispatch",
+            "dispatch x in bfloat16, or apply jax.lax.stop_gradient to it",
+            lambda x, plan: calls.dispatch(options, x, plan),
+            x,
+            plan,
+        )
+    check_dtype("x", x, jnp.bfloat16, jnp.float32)
+    check_shape("x", x, (sizes.num_tokens, None), "T H")
+    x, plan = together(sizes.axis_name, x, plan)
+    return vjp.dispatch(options, x, plan)
+
+
+def combine(
+    rows: Float[Array, "C H"],
+    plan: DispatchPlan,
+    weights: Float32[Array, "T K"] | None,
+    *,
+    num_sms: int | None = None,
+    implementation: Implementation = None,
+) -> Float[Array, "T H"]:
+    """Brings rows back to their tokens: `y_t = sum_k weights_tk * rows[row of (t, k)]`.
+
+    A rank first adds a token's rows there in float32 and rounds that partial sum once to the dtype
+    of the rows; the owner adds the partial sums in float32 in rank order and rounds the result.
+    Over (node, gpu), a node's partial sums are added in float32 and rounded once more before they
+    cross to another node. For float32 rows nothing but float32 addition rounds.
+
+    Gradients: `d_rows[c] = weight_c * dispatch(g)[c]` and
+    `d_weights_tk = <rows[row of (t, k)], g_t>`, 0 where the pair was dropped.
+
+    Args:
+      rows: bfloat16 or float32 `[C, H]`, as `dispatch` orders them; rows without a token are not
+        read.
+      plan: from `plan_dispatch`.
+      weights: float32 `[T, K]`. None: every row counts once, the transpose of `dispatch`.
+      num_sms: the most multiprocessors the kernel may use; None: a small number of its choice.
+      implementation: None, "xla" or "cuda".
+
+    Returns:
+      `[T, H]` with the dtype of the rows; zero for a token without rows.
+
+    Raises:
+      ValueError, TypeError: for a shape, dtype or keyword against these rules.
+    """
+    sizes = _check_plan(plan, num_sms)
+    check_dtype("rows", rows, jnp.bfloat16, jnp.float32)
+    check_shape("rows", rows, (sizes.capacity, None), "C H")
+    options = Options(implementation, num_sms)
+    if weights is None:
+        rows, plan = together(sizes.axis_name, rows, plan)
+        return vjp.combine_unweighted(options, rows, plan)
+    check_dtype("weights", weights, jnp.float32)
+    check_shape("weights", weights, (sizes.num_tokens, sizes.top_k), "T K")
+    rows, plan, weights = together(sizes.axis_name, rows, plan, weights)
+    return vjp.combine(options, rows, plan, weights)
+
+
+def check_axes(axis_name: str | tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+    """The mesh axes as a tuple, and the number of ranks along them."""
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    check(
+        len(axes) in (1, 2), "axis_name", "must be one axis or a (node, gpu) pair", repr(axis_name)
+    )
+    return axes, check_axis("axis_name", axis_name)
+
+
+def check_experts(num_experts: int, num_ranks: int, axis_name: str | tuple[str, ...]) -> None:
+    """Requires as many experts on every rank, at least one."""
+    rule = f"must be a positive multiple of the {num_ranks} ranks of axis {axis_name!r}"
+    check(num_experts >= 1 and num_experts % num_ranks == 0, "num_experts", rule, num_experts)
+
+
+def check_count(argument: str, value: int, least: int) -> None:
+    """Requires a static number, at least `least`."""
+    check(value >= least, argument, f"must be at least {least}", value)
+
+
+def together(axes: tuple[str, ...], *operands: Any) -> Any:
+    """The operands, all varying over the axes of any of them and over `axes`.
+
+    Done outside the custom_vjp: the transpose of the cast then sums a cotangent over the axes on
+    which its primal does not vary, as it must.
+    """
+    return to_varying(operands, tuple(dict.fromkeys((*axes, *varying_axes(operands)))))
+
+
+def _check_plan(plan: DispatchPlan, num_sms: int | None) -> PlanSizes:
+    if not isinstance(plan, DispatchPlan):
+        raise TypeError(f"plan: must be a DispatchPlan, got {type(plan).__name__}")
+    check_axis("plan.axis_name", plan.sizes.axis_name)
+    if num_sms is not None:
+        check_count("num_sms", num_sms, 1)
+    return plan.sizes

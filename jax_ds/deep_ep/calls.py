@@ -1,0 +1,49 @@
+"""The calls that choose between the portable implementation and the kernels."""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from jax_ds._runtime.choose import Implementation, choose
+from jax_ds.deep_ep import xla
+from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes, make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a call and the calls of its gradient share."""
+
+    implementation: Implementation
+    num_sms: int | None = None
+
+
+def plan(
+    options: Options, sizes: PlanSizes, node_capacity: int | None, expert_ids: Int[Array, "T K"]
+) -> DispatchPlan:
+    """The plan of `expert_ids`."""
+
+    def portable(expert_ids: Array) -> DispatchPlan:
+        return make_plan(expert_ids, sizes, node_capacity)
+
+    made: DispatchPlan = choose(
+        "plan_dispatch", options.implementation, (expert_ids,), xla=portable, cuda=None
+    )
+    return made
+
+
+def dispatch(options: Options, x: Any, plan: DispatchPlan) -> Any:
+    """Tokens, or Quantized tokens, to rows."""
+    return choose("dispatch", options.implementation, (x, plan), xla=xla.dispatch, cuda=None)
+
+
+def combine(
+    options: Options,
+    rows: Float[Array, "C H"],
+    plan: DispatchPlan,
+    by_column: Float[Array, "B J"] | None,
+) -> Float[Array, "T H"]:
+    """Rows to tokens, with the weights that `xla.publish` returns."""
+    operands = (rows, plan, by_column)
+    y: Array = choose("combine", options.implementation, operands, xla=xla.combine, cuda=None)
+    return y

@@ -1,0 +1,145 @@
+"""How tokens travel over two mesh axes, ("node", "gpu"): over the network once per node.
+
+Rank `n * G + g` is GPU g of node n. A token bound for another node m crosses once, to the same GPU
+g of that node, which forwards it inside the node to each GPU that needs it. Partial sums come back
+the same way: node m's GPU g adds those of its node's GPUs and sends one sum over the network.
+
+The network carries at most `node_capacity` = P tokens from a rank to one other node; the first P
+that need the node, in token order, are kept. After crossing, a token lies in one of
+U = T + (N-1)*P *staged* slots: first this rank's own tokens, then P slots from each other node,
+nearest next node first. The receiver's buffer holds the staged slots of its node's G GPUs:
+B = G*U.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from jax_ds.deep_ep.route import exchange, mask_slots, needed_by, owner, sum_in_order
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NodeRoute:
+    """Routing over two axes.
+
+    Attributes:
+      node_token: which of this rank's tokens fills slot p to node m, -1 for none, `[N, P]`.
+      node_slot: the inverse: the slot of token t to node m, -1 for none, `[N, T]`.
+      needed: whether GPU g of this node needs staged slot u, `[G, U]`.
+      node_axis, gpu_axis: the mesh axes.
+    """
+
+    node_token: Int[Array, "N P"]
+    node_slot: Int[Array, "N T"]
+    needed: Bool[Array, "G U"]
+    node_axis: str = dataclasses.field(metadata={"static": True})
+    gpu_axis: str = dataclasses.field(metadata={"static": True})
+
+    def spread(self, x: Shaped[Array, "T W"]) -> Shaped[Array, "B W"]:
+        """Each token once to each node, then once to each rank of it that needs it."""
+        staged = _cross_nodes(x, self.node_token, self.node_axis)
+        arrived = exchange(mask_slots(self.needed, staged), (self.gpu_axis,))
+        return arrived.reshape(-1, x.shape[1])
+
+    def collect(self, parts: Float[Array, "B W"]) -> Float[Array, "T W"]:
+        """The sum of a token's partial sums: float32 over a node's GPUs, then over the nodes.
+
+        What crosses the network has the dtype of `parts`: another node's sum is rounded to it
+        once, this node's own is not.
+        """
+        num_nodes, num_slots = self.node_token.shape
+        num_gpus, num_staged = self.needed.shape
+        num_tokens, width = self.node_slot.shape[1], parts.shape[1]
+        parts = exchange(parts.reshape(num_gpus, num_staged, width), (self.gpu_axis,))
+        sums = sum_in_order(num_gpus, lambda g: parts[g])
+        own, others = sums[:num_tokens], sums[num_tokens:].astype(parts.dtype)
+        others = others.reshape(num_nodes - 1, num_slots, width)
+        back = exchange(_by_node(others, self.node_axis), (self.node_axis,))
+        here = jax.lax.axis_index(self.node_axis)
+
+        def from_node(m: int) -> Array:
+            slot = self.node_slot[m][:, None]
+            crossed = jnp.where(slot >= 0, back[m][jnp.maximum(slot[:, 0], 0)], 0)
+            return jnp.where(here == m, own, crossed.astype(jnp.float32))
+
+        return sum_in_order(num_nodes, from_node)
+
+
+def node_route(
+    expert_ids: Int[Array, "T K"],
+    *,
+    num_experts: int,
+    node_capacity: int,
+    axis_name: tuple[str, str],
+) -> tuple[NodeRoute, Int[Array, "B K"], Int[Array, " B"], Bool[Array, "T K"]]:
+    """The route of `expert_ids` (-1: none).
+
+    Returns:
+      The route, the ids of each buffer slot, its source rank, and which of this rank's ids fell
+      to `node_capacity`.
+    """
+    node_axis, gpu_axis = axis_name
+    num_nodes, num_gpus = jax.lax.axis_size(node_axis), jax.lax.axis_size(gpu_axis)
+    here = jax.lax.axis_index(node_axis)
+    experts_each = num_experts // (num_nodes * num_gpus)
+    num_tokens = expert_ids.shape[0]
+
+    node_of = owner(expert_ids, experts_each * num_gpus)
+    each_node = jnp.arange(num_nodes, dtype=jnp.int32)
+    crosses = needed_by(node_of, num_nodes) & (each_node != here)[:, None]
+    node_token, node_slot = _slots(crosses, node_capacity)
+    lost = crosses & (node_slot < 0)
+    lost_ids = jnp.any((node_of[None] == each_node[:, None, None]) & lost[:, :, None], axis=0)
+
+    # Ids travel raised by one: an empty slot is zero, and then reads as -1.
+    staged_ids = _cross_nodes(expert_ids + 1, node_token, node_axis) - 1
+    rank_of = owner(staged_ids, experts_each)
+    needed = needed_by(jnp.where(rank_of < 0, -1, rank_of - here * num_gpus), num_gpus)
+    route = NodeRoute(node_token, node_slot, needed, node_axis, gpu_axis)
+    received = exchange(mask_slots(needed, staged_ids + 1), (gpu_axis,)) - 1
+
+    others = (here + 1 + jnp.arange(num_nodes - 1, dtype=jnp.int32)) % num_nodes
+    staged_node = jnp.concatenate(
+        [jnp.full(num_tokens, here, jnp.int32), jnp.repeat(others, node_capacity)]
+    )
+    each_gpu = jnp.arange(num_gpus, dtype=jnp.int32)
+    source = staged_node[None, :] * num_gpus + each_gpu[:, None]
+    return route, received.reshape(-1, expert_ids.shape[1]), source.reshape(-1), lost_ids
+
+
+def _slots(
+    crosses: Bool[Array, "N T"], capacity: int
+) -> tuple[Int[Array, "N P"], Int[Array, "N T"]]:
+    """Packs the tokens bound for each node into its slots, in token order; both directions."""
+    num_tokens = crosses.shape[1]
+    position = jnp.cumsum(crosses, axis=1, dtype=jnp.int32) - 1
+    node_slot = jnp.where(crosses & (position < capacity), position, -1)
+    # A stable sort puts the tokens that cross first.
+    order = jnp.argsort(~crosses, axis=1, stable=True)[:, :capacity].astype(jnp.int32)
+    filled = jnp.arange(capacity, dtype=jnp.int32)[None, :] <= position[:, -1:]
+    assert order.shape[1] == capacity <= num_tokens
+    return jnp.where(filled, order, -1), node_slot
+
+
+def _cross_nodes(
+    x: Shaped[Array, "T W"], node_token: Int[Array, "N P"], node_axis: str
+) -> Shaped[Array, "U W"]:
+    """Sends tokens to the other nodes; returns the staged slots of this GPU."""
+    num_nodes = node_token.shape[0]
+    token = node_token[:, :, None]
+    send = jnp.where(token >= 0, x[jnp.maximum(node_token, 0)], jnp.zeros((), x.dtype))
+    arrived = exchange(send, (node_axis,))
+    here = jax.lax.axis_index(node_axis)
+    others = arrived[(here + 1 + jnp.arange(num_nodes - 1, dtype=jnp.int32)) % num_nodes]
+    return jnp.concatenate([x, others.reshape(-1, x.shape[1])])
+
+
+def _by_node(others: Float[Array, "N-1 P W"], node_axis: str) -> Float[Array, "N P W"]:
+    """Blocks of the other nodes, nearest next node first, put into node order; zero for here."""
+    num_nodes = others.shape[0] + 1
+    here = jax.lax.axis_index(node_axis)
+    padded = jnp.concatenate([others, jnp.zeros((1, *others.shape[1:]), others.dtype)])
+    return padded[(jnp.arange(num_nodes, dtype=jnp.int32) - here - 1) % num_nodes]

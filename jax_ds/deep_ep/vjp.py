@@ -1,0 +1,98 @@
+"""Gradients of dispatch and combine, each made of the other.
+
+`combine` without weights is the transpose of `dispatch`, and the other way round. With weights,
+for a cotangent g of y,
+
+    d_rows[c]    = w_c * dispatch(g)[c]
+    d_weights[k] = <rows[c], dispatch(g)[c]>     for the row c of id k, sent back as a scalar
+
+A plan holds integers only and takes no cotangent.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jax_ds.deep_ep import calls, xla
+from jax_ds.deep_ep.calls import Options
+from jax_ds.deep_ep.plan import DispatchPlan
+
+
+class _CombineResiduals(NamedTuple):
+    rows: Array
+    plan: DispatchPlan
+    by_column: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dispatch(options: Options, x: Float[Array, "T H"], plan: DispatchPlan) -> Float[Array, "C H"]:
+    rows: Array = calls.dispatch(options, x, plan)
+    return rows
+
+
+def _dispatch_fwd(options: Options, x: Array, plan: DispatchPlan) -> tuple[Array, DispatchPlan]:
+    return dispatch(options, x, plan), plan
+
+
+def _dispatch_bwd(options: Options, plan: DispatchPlan, g: Array) -> tuple[Array, None]:
+    return combine_unweighted(options, g, plan), None
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine_unweighted(
+    options: Options, rows: Float[Array, "C H"], plan: DispatchPlan
+) -> Float[Array, "T H"]:
+    return calls.combine(options, rows, plan, None)
+
+
+def _combine_unweighted_fwd(
+    options: Options, rows: Array, plan: DispatchPlan
+) -> tuple[Array, DispatchPlan]:
+    return combine_unweighted(options, rows, plan), plan
+
+
+def _combine_unweighted_bwd(options: Options, plan: DispatchPlan, g: Array) -> tuple[Array, None]:
+    return dispatch(options, g, plan), None
+
+
+combine_unweighted.defvjp(_combine_unweighted_fwd, _combine_unweighted_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine(
+    options: Options,
+    rows: Float[Array, "C H"],
+    plan: DispatchPlan,
+    weights: Float[Array, "T K"],
+) -> Float[Array, "T H"]:
+    return _combine_fwd(options, rows, plan, weights)[0]
+
+
+def _combine_fwd(
+    options: Options, rows: Array, plan: DispatchPlan, weights: Array
+) -> tuple[Array, _CombineResiduals]:
+    by_column = xla.publish(weights, plan)
+    y = calls.combine(options, rows, plan, by_column)
+    return y, _CombineResiduals(rows, plan, by_column)
+
+
+def _combine_bwd(
+    options: Options, residuals: _CombineResiduals, g: Array
+) -> tuple[Array, None, Array]:
+    rows, plan, by_column = residuals
+    back = dispatch(options, g, plan).astype(jnp.float32)
+    weight = xla.weight_of_rows(by_column, plan)
+    d_rows = (weight[:, None] * back).astype(rows.dtype)
+    # A row without a token may hold NaN, which the gradient of this gradient would meet.
+    held = jnp.where(plan.row_source[:, None] >= 0, rows.astype(jnp.float32), 0)
+    d_weights = xla.return_scalars(jnp.sum(held * back, axis=1), plan)
+    return d_rows, None, d_weights
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)

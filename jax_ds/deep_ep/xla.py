@@ -1,0 +1,108 @@
+"""The portable implementation of dispatch and combine, and what their gradients need.
+
+Tokens travel by `plan.route`; here arrived tokens are expanded into rows, and rows are reduced to
+one partial sum per token. Both directions are gathers, which are deterministic on every backend,
+where a scatter-add would not be. Rows and slots that hold nothing are masked, never multiplied by
+zero: they may hold NaN.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped, UInt8
+
+from jax_ds.deep_ep.plan import DispatchPlan, in_columns
+from jax_ds.quantization import Quantized
+
+
+def dispatch(x: Shaped[Array, "T H"] | Quantized, plan: DispatchPlan) -> Any:
+    """`rows[c] = x` of row c's token, zero where row c has none; `[C, H]`."""
+    if isinstance(x, Quantized):
+        return _dispatch_quantized(x, plan)
+    return _with_tokens(plan, x, lambda x: expand(plan.route.spread(x), plan))
+
+
+def combine(
+    rows: Float[Array, "C H"], plan: DispatchPlan, by_column: Float[Array, "B J"] | None
+) -> Float[Array, "T H"]:
+    """`y[t] = sum over t's rows c of w_c * rows[c]`; w_c is 1 without weights.
+
+    The weights are those that `publish` returns.
+    """
+    parts = reduce_rows(rows, plan, by_column)
+    return plan.route.collect(parts)[: plan.sizes.num_tokens].astype(rows.dtype)
+
+
+def publish(weights: Float[Array, "T K"], plan: DispatchPlan) -> Float[Array, "B J"]:
+    """Sends the tokens' weights to where their rows are; ids of one expert add theirs up."""
+    received = _with_tokens(plan, weights, plan.route.spread)
+    return in_columns(plan.column, received, plan.sizes.columns, jnp.sum, 0)
+
+
+def weight_of_rows(by_column: Float[Array, "B J"], plan: DispatchPlan) -> Float[Array, " C"]:
+    """The weight of every row, 0 for one without a token."""
+    source = plan.row_source
+    return jnp.where(source >= 0, by_column.reshape(-1)[jnp.maximum(source, 0)], 0)
+
+
+def return_scalars(scalars: Float[Array, " C"], plan: DispatchPlan) -> Float[Array, "T K"]:
+    """Sends one float32 of every row back to the ids that caused the row; 0 for ids without one."""
+    by_column = jnp.where(plan.row_of >= 0, scalars[jnp.maximum(plan.row_of, 0)], 0)
+    by_id = jnp.take_along_axis(by_column, jnp.maximum(plan.column, 0), axis=1)
+    by_id = jnp.where(plan.column >= 0, by_id, 0)
+    # Every id has its row on one rank: the sum over ranks adds zeros to it.
+    return plan.route.collect(by_id)[: plan.sizes.num_tokens]
+
+
+def expand(buffer: Shaped[Array, "B W"], plan: DispatchPlan) -> Shaped[Array, "C W"]:
+    """Copies every arrived token into its rows."""
+    source = plan.row_source
+    slot = jnp.maximum(source, 0) // plan.sizes.columns
+    return jnp.where(source[:, None] >= 0, buffer[slot], jnp.zeros((), buffer.dtype))
+
+
+def reduce_rows(
+    rows: Float[Array, "C H"], plan: DispatchPlan, by_column: Float[Array, "B J"] | None
+) -> Float[Array, "B H"]:
+    """The sum of each token's rows here, in float32, rounded once to the dtype of the rows."""
+    total = jnp.zeros((plan.row_of.shape[0], rows.shape[1]), jnp.float32)
+    for j in range(plan.sizes.columns):
+        row = plan.row_of[:, j]
+        value = rows[jnp.maximum(row, 0)].astype(jnp.float32)
+        if by_column is not None:
+            value = value * by_column[:, j, None]
+        total = total + jnp.where(row[:, None] >= 0, value, 0)
+    return total.astype(rows.dtype)
+
+
+def pack(*arrays: Shaped[Array, "T _"]) -> UInt8[Array, "T bytes"]:
+    """The bytes of each row of the arrays, side by side, so that they travel as one message."""
+    as_bytes = [jax.lax.bitcast_convert_type(a, jnp.uint8) for a in arrays]
+    return jnp.concatenate([b.reshape(b.shape[0], -1) for b in as_bytes], axis=1)
+
+
+def unpack(message: UInt8[Array, "B bytes"], *parts: tuple[int, Any]) -> list[Array]:
+    """The arrays of a message, each given by its width and dtype."""
+    arrays, start = [], 0
+    for width, dtype in parts:
+        size = jnp.dtype(dtype).itemsize
+        piece = message[:, start : start + width * size]
+        if size > 1:
+            piece = piece.reshape(-1, width, size)
+        arrays.append(jax.lax.bitcast_convert_type(piece, dtype))
+        start += width * size
+    return arrays
+
+
+def _dispatch_quantized(x: Quantized, plan: DispatchPlan) -> Quantized:
+    """Values and scales travel as one message of bytes; a row without a token has scale 1."""
+    message = _with_tokens(plan, pack(x.values, x.scales), plan.route.spread)
+    parts = (x.values.shape[1], x.values.dtype), (x.scales.shape[1], x.scales.dtype)
+    values, scales = unpack(expand(message, plan), *parts)
+    return Quantized(values, jnp.where(plan.row_source[:, None] >= 0, scales, 1))
+
+
+def _with_tokens(plan: DispatchPlan, x: Array, run: Any) -> Any:
+    """Runs `run` on x, padded to one token where the rank has none: no gather from nothing."""
+    return run(x if plan.sizes.num_tokens else jnp.zeros((1, x.shape[1]), x.dtype))
