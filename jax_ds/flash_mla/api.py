@@ -61,7 +61,8 @@ def decode(
       page_table: int32 page indices. Entries past a sequence's last page may be anything; the
         others must lie in [0, P).
       seq_lens: int32 lengths, counting the S tokens of q too (their rows are in the cache
-        already, see `append`); at most N * L. Zero and lengths below S are allowed.
+        already, see `append`). Zero and lengths below S are allowed; tokens past the N * L of the
+        table do not exist.
       scale: factor of the scores; None is D**-0.5 (DeepSeek models pass 192**-0.5).
       causal: hide later tokens from earlier queries, aligned at the last token. If False, every
         query sees all T tokens.
@@ -162,7 +163,7 @@ def prefill(
 ) -> Float[Array, "B Sq H V"] | tuple[Float[Array, "B Sq H V"], Float32[Array, "B Sq H"]]:
     """Attention of Sq queries over Sk keys, for prefill and training.
 
-        score[b, i, h, j] = scale * q[b, i, h] . key[b, j, h]         all j, or j <= i + Sk - Sq if causal
+        score[b, i, h, j] = scale * q[b, i, h] . key[b, j, h]    all j; j <= i + Sk - Sq if causal
         lse[b, i, h]      = log(sum_j exp(score[b, i, h, j]))
         out[b, i, h]      = sum_j exp(score[b, i, h, j] - lse[b, i, h]) * v[b, j, h // (H / Hk)]
 
@@ -178,16 +179,17 @@ def prefill(
 
     Packed batches: with `cu_seqlens_q` (and `cu_seqlens_k`, the same if None) B is 1, and
     sequence n consists of queries `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1]` and of the keys that
-    `cu_seqlens_k` says; each attends within itself, with its own causal alignment. Tokens past
-    the last offset are padding: their values, NaN included, touch nothing.
+    `cu_seqlens_k` says; each attends within itself, with its own causal alignment. Tokens outside
+    the offsets are padding: their values, NaN included, touch nothing. A NaN in a token that does
+    belong to a sequence may show in any query, as in every blockwise attention.
 
     Args:
       q: bfloat16, float16 or float32 queries, B Sq H Dk (192 in DeepSeek-V3: 128 + 64 rotary).
       k: keys, dtype of q, Hk heads where Hk divides H; width Dk, or Dk - Dr with `k_rope`.
       v: values of any width, dtype of q.
       k_rope: the rotary part of the keys, shared by all heads and never copied per head.
-      cu_seqlens_q: int32 offsets, non-decreasing, from 0 to at most Sq.
-      cu_seqlens_k: int32 offsets, non-decreasing, from 0 to at most Sk.
+      cu_seqlens_q: int32 offsets, non-decreasing, all from 0 to Sq.
+      cu_seqlens_k: int32 offsets, non-decreasing, all from 0 to Sk.
       causal: whether a query sees only the keys up to its own position.
       scale: factor of the scores; None is Dk**-0.5.
       return_lse: also return lse, natural logarithm, float32.
@@ -251,6 +253,7 @@ _PREFILL = vjp.Rule(_prefill_forward, _prefill_backward)
 
 
 def _scale(scale: float | None, width: int) -> float:
+    check(width > 0, "q", "last dimension must be positive", width)
     if scale is None:
         return float(width**-0.5)
     valid = isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0
@@ -287,7 +290,7 @@ def _check_heads(q: jax.Array, k: jax.Array, v: jax.Array, k_rope: jax.Array | N
     if k_rope is not None:
         check_rank("k_rope", k_rope, 4)
         rope = k_rope.shape[3]
-        check(rope < width, "k_rope", f"its width must be below q's, {width}", rope)
+        check(0 < rope < width, "k_rope", f"width must be positive and below q's {width}", rope)
         check_shape("k_rope", k_rope, (batch, k.shape[1], 1, None), "B Sk 1 Dr")
         _check_same_dtype("k_rope", k_rope, "q", q)
     check_shape(
@@ -297,7 +300,7 @@ def _check_heads(q: jax.Array, k: jax.Array, v: jax.Array, k_rope: jax.Array | N
     check(
         kv_heads > 0 and heads % kv_heads == 0,
         "k",
-        f"its heads must divide q's {heads}",
+        f"number of heads must divide q's {heads}",
         kv_heads,
     )
     check_shape("v", v, (batch, k.shape[1], kv_heads, None), "B Sk Hk V")

@@ -50,12 +50,12 @@ def product(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def initial(batch: int, groups: int, rows: int, value_dim: int) -> State:
-    """The state before the first key."""
+def initial(rows: tuple[int, ...], value_dim: int) -> State:
+    """The state before the first key; `rows` is (B, G, R)."""
     return State(
-        jnp.full((batch, groups, rows), -jnp.inf, jnp.float32),
-        jnp.zeros((batch, groups, rows), jnp.float32),
-        jnp.zeros((batch, groups, rows, value_dim), jnp.float32),
+        jnp.full(rows, -jnp.inf, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, value_dim), jnp.float32),
     )
 
 

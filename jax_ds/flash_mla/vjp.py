@@ -33,7 +33,8 @@ class DecodeResiduals(NamedTuple):
 def decode(
     rule: Rule, config: DecodeConfig, q: Array, kv_pages: Array, page_table: Array, seq_lens: Array
 ) -> tuple[Array, Array]:
-    return rule.forward(config, q, kv_pages, page_table, seq_lens)
+    out, lse = rule.forward(config, q, kv_pages, page_table, seq_lens)
+    return out, lse
 
 
 def _decode_fwd(
@@ -70,7 +71,8 @@ def append(
     page_table: Array,
     seq_lens: Array,
 ) -> Array:
-    return rule.forward(implementation, kv_pages, kv, page_table, seq_lens)
+    pages: Array = rule.forward(implementation, kv_pages, kv, page_table, seq_lens)
+    return pages
 
 
 def _append_fwd(
@@ -125,7 +127,8 @@ def prefill(
     cu_seqlens_q: Array | None,
     cu_seqlens_k: Array | None,
 ) -> tuple[Array, Array]:
-    return rule.forward(config, q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
+    out, lse = rule.forward(config, q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
+    return out, lse
 
 
 def _prefill_fwd(

@@ -1,4 +1,4 @@
-"""The portable decode and append: blocks of pages under a loop that stops at the longest sequence."""
+"""The portable decode and append: blocks of pages, up to the end of the longest sequence."""
 
 import functools
 from collections.abc import Callable
@@ -38,21 +38,24 @@ def decode(
     if min(q.size, kv_pages.size, page_table.size) == 0:
         axes = varying_axes(q, kv_pages, page_table, seq_lens)
         out = jnp.zeros((batch, tokens, heads, config.value_dim), q.dtype)
-        return to_varying((out, jnp.full((batch, tokens, heads), -jnp.inf, jnp.float32)), axes)
+        lse = jnp.full((batch, tokens, heads), -jnp.inf, jnp.float32)
+        return to_varying(out, axes), to_varying(lse, axes)
     q, kv_pages, page_table, seq_lens = _same_axes(q, kv_pages, page_table, seq_lens)
-    table = _block_table(page_table, kv_pages.shape[1])
+    page_size = kv_pages.shape[1]
+    table = _block_table(page_table, page_size)
     rows = q.reshape(batch, 1, tokens * heads, -1)
-    interval = _intervals(config, seq_lens, tokens, heads)
+    ends = jnp.minimum(seq_lens, page_table.shape[1] * page_size)
+    interval = _intervals(config, seq_lens, ends, tokens, heads)
 
     def absorb(block: Array, state: softmax.State) -> softmax.State:
-        _, positions, keys = _read_block(kv_pages, table, seq_lens, block)
+        _, positions, keys = _read_block(kv_pages, table, ends, block)
         scores = config.scale * product("bgrd,bgld->bgrl", rows, keys)
         values = keys[..., : config.value_dim]
         return softmax.absorb(state, scores, interval.sees(positions), values)
 
-    state = softmax.initial(batch, 1, tokens * heads, config.value_dim)
+    state = softmax.initial((batch, 1, tokens * heads), config.value_dim)
     state = to_varying(state, varying_axes(q))
-    out, lse = softmax.finish(_over_blocks(table, kv_pages.shape[1], interval, absorb, state))
+    out, lse = softmax.finish(_over_blocks(table, page_size, interval, absorb, state))
     out = out.astype(q.dtype).reshape(batch, tokens, heads, config.value_dim)
     return out, lse.reshape(batch, tokens, heads)
 
@@ -72,20 +75,21 @@ def decode_backward(
     """Gradients of q and kv_pages, recomputing the probabilities from lse block by block."""
     if min(q.size, kv_pages.size, page_table.size) == 0:
         axes = varying_axes(q, kv_pages, page_table, seq_lens, dout, dlse)
-        return to_varying((jnp.zeros_like(q), jnp.zeros_like(kv_pages)), axes)
+        return to_varying(jnp.zeros_like(q), axes), to_varying(jnp.zeros_like(kv_pages), axes)
     operands = _same_axes(q, kv_pages, page_table, seq_lens, out, lse, dout, dlse)
     q, kv_pages, page_table, seq_lens, out, lse, dout, dlse = operands
     batch, tokens, heads, _ = q.shape
     num_pages, page_size, width = kv_pages.shape
     table = _block_table(page_table, page_size)
-    interval = _intervals(config, seq_lens, tokens, heads)
+    ends = jnp.minimum(seq_lens, page_table.shape[1] * page_size)
+    interval = _intervals(config, seq_lens, ends, tokens, heads)
     as_rows = functools.partial(_as_rows, interval.nonempty())
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - dlse
     rows, drows, lse, delta = as_rows(q), as_rows(dout), as_rows(lse), as_rows(delta)
 
     def absorb(block: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         drow_sum, dpages = gradients
-        pages, positions, keys = _read_block(kv_pages, table, seq_lens, block)
+        pages, positions, keys = _read_block(kv_pages, table, ends, block)
         values = keys[..., : config.value_dim]
         probabilities, dscores = softmax.score_gradient(
             config.scale * product("bgrd,bgld->bgrl", rows, keys),
@@ -164,17 +168,20 @@ def _block_table(page_table: Array, page_size: int) -> Array:
     return padded.reshape(batch, blocks, width).transpose(1, 0, 2)
 
 
-def _intervals(config: DecodeConfig, seq_lens: Array, tokens: int, heads: int) -> Interval:
-    """Row s * H + h sees the keys from 0 to its own position, or all of them."""
-    last = jnp.broadcast_to(seq_lens[:, None], (seq_lens.shape[0], tokens))
+def _intervals(
+    config: DecodeConfig, seq_lens: Array, ends: Array, tokens: int, heads: int
+) -> Interval:
+    """Row s * H + h sees the keys from 0 to its own position, or all of them up to `ends`."""
+    last = jnp.broadcast_to(ends[:, None], (ends.shape[0], tokens))
     if config.causal:
-        last = last - tokens + 1 + jnp.arange(tokens, dtype=jnp.int32)[None, :]
+        steps = jnp.arange(1 - tokens, 1, dtype=jnp.int32)
+        last = jnp.minimum(last, seq_lens[:, None] + steps[None, :])
     last = jnp.repeat(last, heads, axis=1)[:, None, :]
     return Interval(jnp.zeros_like(last), last)
 
 
 def _read_block(
-    kv_pages: Array, table: Array, seq_lens: Array, block: Array
+    kv_pages: Array, table: Array, ends: Array, block: Array
 ) -> tuple[Array, Array, Array]:
     """Pages [B, pages] of a block (P where none), positions [L], keys [B, 1, L, D]."""
     num_pages, page_size, width = kv_pages.shape
@@ -183,11 +190,11 @@ def _read_block(
     first = block * (columns * page_size)
     starts = first + page_size * jnp.arange(columns, dtype=jnp.int32)
     # Page 0 stands in for pages that do not exist, whatever the table says there.
-    exists = starts[None, :] < seq_lens[:, None]
+    exists = starts[None, :] < ends[:, None]
     keys = kv_pages.at[jnp.where(exists, pages, 0)].get(mode="promise_in_bounds")
     keys = keys.reshape(batch, 1, columns * page_size, width)
     positions = first + jnp.arange(columns * page_size, dtype=jnp.int32)
-    written = positions[None, :] < seq_lens[:, None]
+    written = positions[None, :] < ends[:, None]
     # Masking the scores is not enough: 0 * NaN of an unused slot is NaN.
     keys = jnp.where(written[:, None, :, None], keys, jnp.zeros((), keys.dtype))
     return jnp.where(exists, pages, num_pages), positions, keys
@@ -199,10 +206,10 @@ def _over_blocks[T](
     """Runs `body` over the blocks that hold keys of the longest sequence."""
     if table.shape[0] == 1:
         return body(jnp.int32(0), init)
-    size = table.shape[2] * page_size
     _, last = interval.hull()
-    blocks = jnp.minimum(-(-last // size), table.shape[0])
-    return jax.lax.fori_loop(0, blocks, body, init)
+    blocks = -(-last // (table.shape[2] * page_size))
+    result: T = jax.lax.fori_loop(0, blocks, body, init)
+    return result
 
 
 def _as_rows(nonempty: Array, x: Array) -> Array:

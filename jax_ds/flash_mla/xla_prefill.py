@@ -62,7 +62,8 @@ def prefill(
     axes = varying_axes(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
     if min(q.size, shape.keys) == 0:
         out = jnp.zeros((*q.shape[:3], shape.value_dim), q.dtype)
-        return to_varying((out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)), axes)
+        lse = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+        return to_varying(out, axes), to_varying(lse, axes)
     operands = (q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
     q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k = to_varying(operands, axes)
     interval = to_varying(_intervals(config, shape, cu_seqlens_q, cu_seqlens_k), axes)
@@ -77,7 +78,7 @@ def prefill(
             scores = _scores(config, shape, row, tile_keys)
             return softmax.absorb(state, scores, seen.sees(positions), tile_keys.values)
 
-        state = softmax.initial(*row.shape[:3], shape.value_dim)
+        state = softmax.initial(row.shape[:3], shape.value_dim)
         state = _over_tiles(keys, seen, absorb, to_varying(state, axes))
         out, lse = softmax.finish(state)
         return out.astype(q.dtype), lse
@@ -105,7 +106,8 @@ def prefill_backward(
     operands = (q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse)
     axes = varying_axes(operands)
     if min(q.size, shape.keys) == 0:
-        return to_varying(jax.tree.map(jnp.zeros_like, (q, k, v, k_rope)), axes)
+        dq, dk, dv, dk_rope = to_varying(jax.tree.map(jnp.zeros_like, (q, k, v, k_rope)), axes)
+        return dq, dk, dv, dk_rope
     operands = to_varying(operands, axes)
     q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse = operands
     interval = to_varying(_intervals(config, shape, cu_seqlens_q, cu_seqlens_k), axes)
@@ -250,11 +252,15 @@ def _take(keys: Keys, j: Array) -> tuple[Keys, Array]:
     """Tile j of the keys and their positions."""
     tiles, length = keys.nope.shape[0], keys.nope.shape[3]
     positions = j * length + jnp.arange(length, dtype=jnp.int32)
-    if tiles == 1:
-        return jax.tree.map(lambda x: x[0], keys), positions
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, j, keepdims=False), keys
-    ), positions
+
+    def take(x: Array) -> Array:
+        if tiles == 1:
+            return x[0]
+        tile: Array = jax.lax.dynamic_index_in_dim(x, j, keepdims=False)
+        return tile
+
+    rope = None if keys.rope is None else take(keys.rope)
+    return Keys(take(keys.nope), rope, take(keys.values)), positions
 
 
 def _add_at(total: Keys, j: Array, part: Keys) -> Keys:
@@ -264,7 +270,8 @@ def _add_at(total: Keys, j: Array, part: Keys) -> Keys:
         old = jax.lax.dynamic_index_in_dim(x, j, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(x, old + y, j, 0)
 
-    return jax.tree.map(add, total, part)
+    result: Keys = jax.tree.map(add, total, part)
+    return result
 
 
 def _scores(config: PrefillConfig, shape: Shape, rows: Array, keys: Keys) -> Array:
@@ -297,7 +304,8 @@ def _over_tiles[T](keys: Keys, seen: Interval, body: Callable[[Array, T], T], in
     if tiles == 1:
         return body(jnp.int32(0), init)
     first, last = seen.hull()
-    return jax.lax.fori_loop(first // length, -(-last // length), body, init)
+    result: T = jax.lax.fori_loop(first // length, -(-last // length), body, init)
+    return result
 
 
 def _scan(body: Callable[..., Any], carry: Any, tiles: Any) -> Any:
