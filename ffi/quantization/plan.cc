@@ -6,12 +6,19 @@
 namespace jax_ds::quantization {
 namespace {
 
-constexpr char kSpace[] = "jax_ds::quantization::";
+const std::string kSpace = "jax_ds::quantization::";
 
 std::string Bool(bool value) { return value ? "true" : "false"; }
 
 std::string Name(Input input) {
-  return std::string(kSpace) + "Input::" + (input == Input::kBfloat16 ? "kBfloat16" : "kFloat32");
+  return kSpace + "Input::" + (input == Input::kBfloat16 ? "kBfloat16" : "kFloat32");
+}
+
+std::string Name(Blocks blocks) {
+  const char* name = blocks == Blocks::kLines    ? "kLines"
+                     : blocks == Blocks::kSquare ? "kSquare"
+                                                 : "kSquareTransposed";
+  return kSpace + "Blocks::" + name;
 }
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -30,12 +37,19 @@ ErrorOr<Input> ParseInput(std::string_view name) {
   return InvalidArgument("input: must be bfloat16 or float32, got " + std::string(name));
 }
 
+ErrorOr<Blocks> ParseBlocks(std::string_view name) {
+  if (name == "lines") return Blocks::kLines;
+  if (name == "square") return Blocks::kSquare;
+  if (name == "square_transposed") return Blocks::kSquareTransposed;
+  return InvalidArgument("blocks: must be lines, square or square_transposed, got " +
+                         std::string(name));
+}
+
 jit::KernelSpec RowsPlan::Spec() const {
-  const std::string space = kSpace;
   jit::KernelSpec spec;
   spec.file = "quantization/kernels/rows.cuh";
-  spec.entry = space + "quantize_rows<" + space + "RowsConfig<" + Name(input) + ", " +
-               Bool(swiglu) + ", " + Bool(ue8m0) + ", " + Bool(aligned) + ">>";
+  spec.entry = kSpace + "quantize_rows<" + kSpace + "RowsConfig<" + Name(input) + ", " +
+               Bool(swiglu) + ", " + Bool(aligned) + ">>";
   return spec;
 }
 
@@ -55,15 +69,45 @@ ErrorOr<unsigned int> RowsPlan::Grid(int64_t batch, int64_t m, int64_t k,
   return static_cast<unsigned int>(grid);
 }
 
+jit::KernelSpec TilesPlan::Spec() const {
+  jit::KernelSpec spec;
+  spec.file = "quantization/kernels/tiles.cuh";
+  spec.entry = kSpace + "quantize_tiles<" + kSpace + "TilesConfig<" + Name(input) + ", " +
+               Name(blocks) + ", " + Bool(swiglu) + ", " + Bool(aligned) + ">>";
+  return spec;
+}
+
+ErrorOr<unsigned int> TilesPlan::Grid(int64_t batch, int64_t m, int64_t k, int64_t p, bool grouped,
+                                      TilesParams* params) const {
+  const int64_t row_tiles = CeilDiv(p, kBlock), kb = CeilDiv(k, kBlock);
+  // Finding a token block's group costs about as much as a tile; share it where tiles abound.
+  const int64_t per_cta = grouped && batch * row_tiles * kb >= 4096 ? 4 : 1;
+  const int64_t cta_columns = CeilDiv(kb, per_cta);
+  const int64_t grid = batch * row_tiles * cta_columns;
+  JAX_DS_RETURN_IF_ERROR(CheckSize("rows", m));
+  JAX_DS_RETURN_IF_ERROR(CheckSize("columns", k));
+  JAX_DS_RETURN_IF_ERROR(CheckSize("tokens", p));
+  JAX_DS_RETURN_IF_ERROR(CheckSize("tiles", grid));
+  params->m = static_cast<int>(m);
+  params->k = static_cast<int>(k);
+  params->kb = static_cast<int>(kb);
+  params->p = static_cast<int>(p);
+  params->row_tiles = static_cast<int>(row_tiles);
+  params->col_tiles_per_cta = static_cast<int>(per_cta);
+  params->cta_columns = static_cast<int>(cta_columns);
+  return static_cast<unsigned int>(grid);
+}
+
 std::vector<jit::KernelSpec> AllKernels() {
   std::vector<jit::KernelSpec> specs;
   for (Input input : {Input::kBfloat16, Input::kFloat32}) {
-    for (bool swiglu : {false, true}) {
-      for (bool ue8m0 : {false, true}) {
-        for (bool aligned : {true, false}) {
-          specs.push_back(RowsPlan{input, swiglu, ue8m0, aligned}.Spec());
-        }
+    for (bool aligned : {true, false}) {
+      for (bool swiglu : {false, true}) {
+        specs.push_back(RowsPlan{input, swiglu, aligned}.Spec());
+        specs.push_back(TilesPlan{input, Blocks::kLines, swiglu, aligned}.Spec());
       }
+      specs.push_back(TilesPlan{input, Blocks::kSquare, false, aligned}.Spec());
+      specs.push_back(TilesPlan{input, Blocks::kSquareTransposed, false, aligned}.Spec());
     }
   }
   return specs;

@@ -35,7 +35,7 @@ from jax_ds._core.checks import (
     format_shape,
 )
 from jax_ds._runtime.choose import Implementation, choose
-from jax_ds.quantization import xla
+from jax_ds.quantization import ffi, xla
 from jax_ds.quantization.groups import check_group_sizes
 from jax_ds.quantization.types import VALUES_DTYPE, Quantized, num_blocks
 from jax_ds.quantization.vjp import without_gradient
@@ -77,7 +77,8 @@ def quantize_1x128(
         del num_rows  # rows are independent, so the unused ones can be anything
         return xla.quantize_1x128(x, scale_dtype)
 
-    return _run("quantize_1x128", implementation, (x, num_rows), portable, None)
+    cuda = functools.partial(ffi.quantize_rows, scale_dtype=scale_dtype)
+    return _run("quantize_1x128", implementation, (x, num_rows), portable, cuda)
 
 
 def quantize_128x128(
@@ -104,7 +105,8 @@ def quantize_128x128(
     """
     _check_input("w", w, 2, scale_dtype)
     portable = functools.partial(xla.quantize_128x128, scale_dtype=scale_dtype)
-    return _run("quantize_128x128", implementation, (w,), portable, None)
+    cuda = functools.partial(ffi.quantize_square, scale_dtype=scale_dtype)
+    return _run("quantize_128x128", implementation, (w,), portable, cuda)
 
 
 def quantize_1x128_both(
@@ -143,7 +145,8 @@ def quantize_1x128_both(
     if group_sizes is not None:
         check_group_sizes(group_sizes, None, x.shape[0])
     portable = functools.partial(xla.quantize_1x128_both, scale_dtype=scale_dtype)
-    return _run("quantize_1x128_both", implementation, (x, group_sizes), portable, None)
+    cuda = functools.partial(ffi.quantize_lines, scale_dtype=scale_dtype)
+    return _run("quantize_1x128_both", implementation, (x, group_sizes), portable, cuda)
 
 
 def quantize_128x128_both(
@@ -171,7 +174,8 @@ def quantize_128x128_both(
     """
     _check_input("w", w, 2, scale_dtype)
     portable = functools.partial(xla.quantize_128x128_both, scale_dtype=scale_dtype)
-    return _run("quantize_128x128_both", implementation, (w,), portable, None)
+    cuda = functools.partial(ffi.quantize_square_transposed, scale_dtype=scale_dtype)
+    return _run("quantize_128x128_both", implementation, (w,), portable, cuda)
 
 
 def swiglu_quantize_1x128(
@@ -206,7 +210,8 @@ def swiglu_quantize_1x128(
         del num_rows
         return xla.quantize_1x128(xla.swiglu(gate_up), scale_dtype)
 
-    return _run("swiglu_quantize_1x128", implementation, (gate_up, num_rows), portable, None)
+    cuda = functools.partial(ffi.quantize_rows, scale_dtype=scale_dtype, swiglu=True)
+    return _run("swiglu_quantize_1x128", implementation, (gate_up, num_rows), portable, cuda)
 
 
 def swiglu_quantize_1x128_both(
@@ -239,8 +244,9 @@ def swiglu_quantize_1x128_both(
     def portable(gate_up: Array, group_sizes: Array | None) -> tuple[Quantized, Quantized]:
         return xla.quantize_1x128_both(xla.swiglu(gate_up), group_sizes, scale_dtype)
 
+    cuda = functools.partial(ffi.quantize_lines, scale_dtype=scale_dtype, swiglu=True)
     return _run(
-        "swiglu_quantize_1x128_both", implementation, (gate_up, group_sizes), portable, None
+        "swiglu_quantize_1x128_both", implementation, (gate_up, group_sizes), portable, cuda
     )
 
 
@@ -286,15 +292,12 @@ def _run(
     implementation: Implementation,
     operands: tuple[Any, ...],
     portable: Callable[..., Any],
-    cuda: Callable[..., Any] | None,
-    unsupported: str | None = None,
+    cuda: Callable[..., Any],
 ) -> Any:
-    """Every quantizer ends here; a kernel is plugged in as `cuda`."""
+    """Every quantizer ends here."""
 
     def chosen(*operands: Any) -> Any:
-        return choose(
-            op, implementation, operands, xla=portable, cuda=cuda, unsupported=unsupported
-        )
+        return choose(op, implementation, operands, xla=portable, cuda=cuda)
 
     return without_gradient(op, _INSTEAD, chosen, *operands)
 

@@ -98,8 +98,10 @@ struct Segment {
   }
 };
 
-// silu(gate) * up in float32. Where exp overflows, the quotient is a zero of gate's sign.
-JAX_DS_DEVICE float swiglu(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+// silu(gate) * up in float32. Where exp overflows, the quotient is zero.
+JAX_DS_DEVICE float swiglu(float gate, float up) {
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+}
 
 template <Input kInput>
 JAX_DS_DEVICE Segment<Input::kFloat32> swiglu(const Segment<kInput>& gate,
@@ -113,36 +115,35 @@ JAX_DS_DEVICE Segment<Input::kFloat32> swiglu(const Segment<kInput>& gate,
 // A block's scale and what dividing by it needs.
 struct Scale {
   float value;
-  float reciprocal;
-  bool plain;  // divide() is exact
+  float prescale;    // x and value are multiplied by it first, so that nothing below is subnormal
+  float reciprocal;  // of the divisor, value * prescale, correctly rounded; 0 for infinity
+  float correction;  // the reciprocal where it is a normal number
 
-  template <bool kUe8m0>
-  static JAX_DS_DEVICE Scale of(u32 amax_bits) {
+  static JAX_DS_DEVICE Scale of(u32 amax_bits, bool ue8m0) {
     const float amax = __uint_as_float(amax_bits);
     float scale = __fmul_rn(amax, 1.0f / 448);
-    if constexpr (kUe8m0) {
-      scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
-    }
+    if (ue8m0) scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
     if (amax < 0x1p-107f) scale = 1.0f;
     if (amax_bits > 0x7f800000u) scale = __uint_as_float(kNaN);
-    return of_value(scale);
+    return of_value(scale, __frcp_rn(scale * prescale_of(scale)));
   }
 
-  static JAX_DS_DEVICE Scale of_value(float scale) {
-    return {scale, __frcp_rn(scale), is_plain(scale)};
+  static JAX_DS_DEVICE Scale of_value(float scale, float reciprocal) {
+    const bool finite = scale < __uint_as_float(0x7f800000u);
+    return {scale, prescale_of(scale), reciprocal, finite ? reciprocal : 0.0f};
   }
 
-  // Outside these bounds (infinities and NaN too) a remainder or the reciprocal may be subnormal.
-  static JAX_DS_DEVICE bool is_plain(float scale) { return scale > 0x1p-80f && scale < 0x1p120f; }
+  static JAX_DS_DEVICE float prescale_of(float scale) { return scale < 0x1p-80f ? 0x1p64f : 1.0f; }
 
   // x / value, correctly rounded: a quotient from the rounded reciprocal, corrected by its exact
-  // remainder (Markstein). The signs are such that -0 stays -0.
+  // remainder (Markstein). The signs are such that -0 stays -0. Where value is infinite nothing is
+  // corrected: finite x gives 0, infinite x NaN.
   JAX_DS_DEVICE float divide(float x) const {
-    const float quotient = __fmul_rn(x, reciprocal);
-    const float remainder = __fmaf_rn(quotient, value, -x);
-    return __fmaf_rn(-remainder, reciprocal, quotient);
+    const float dividend = __fmul_rn(x, prescale), divisor = __fmul_rn(value, prescale);
+    const float quotient = __fmul_rn(dividend, reciprocal);
+    const float remainder = __fmaf_rn(quotient, correction == 0.0f ? 0.0f : divisor, -dividend);
+    return __fmaf_rn(-remainder, correction, quotient);
   }
-  JAX_DS_DEVICE float divide_any(float x) const { return __fdiv_rn(x, value); }
 };
 
 // Four floats as e4m3, the first in the lowest byte. Nothing here exceeds 448; NaN becomes 0x7f.
@@ -156,19 +157,10 @@ JAX_DS_DEVICE u32 cvt_e4m3x4(float a, float b, float c, float d) {
 // The sixteen values of a segment, four words.
 template <Input kInput>
 JAX_DS_DEVICE void quantize(const Segment<kInput>& x, const Scale& scale, u32 (&values)[4]) {
-  if (scale.plain) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      values[i] = cvt_e4m3x4(scale.divide(x.at(4 * i)), scale.divide(x.at(4 * i + 1)),
-                             scale.divide(x.at(4 * i + 2)), scale.divide(x.at(4 * i + 3)));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      values[i] =
-          cvt_e4m3x4(scale.divide_any(x.at(4 * i)), scale.divide_any(x.at(4 * i + 1)),
-                     scale.divide_any(x.at(4 * i + 2)), scale.divide_any(x.at(4 * i + 3)));
-    }
+  for (int i = 0; i < 4; ++i) {
+    values[i] = cvt_e4m3x4(scale.divide(x.at(4 * i)), scale.divide(x.at(4 * i + 1)),
+                           scale.divide(x.at(4 * i + 2)), scale.divide(x.at(4 * i + 3)));
   }
 }
 

@@ -1,33 +1,36 @@
-// Parameters of the quantizers, shared by kernels and host.
+// Parameters of the quantizers, shared by kernels and host. B: batch, KB = ceil(K / 128).
 #pragma once
 
 namespace jax_ds::quantization {
 
-// Quantizes each of B matrices x: [M, K] in 1x128 blocks along K. With SwiGLU, x: [M, 2K].
+// 1x128 blocks along K of x: [B, M, K]; with SwiGLU, x: [B, M, 2K].
 struct RowsParams {
-  const void* x;         // bfloat16 or float32
-  void* values;          // float8_e4m3fn [B, M, K]
-  float* scales;         // [B, M, KB] or, column-major, [B, KB, M]
-  const int* counts;     // [B], rows to quantize, the others are not touched; null: all M
-  int m, k, kb;          // KB = ceil(K / 128)
+  const void* x;        // bfloat16 or float32
+  void* values;         // float8_e4m3fn [B, M, K]
+  float* scales;        // [B, M, KB] or, column-major, [B, KB, M]
+  const int* num_rows;  // [B], rows to quantize, the others are not touched; null: all M
+  int m, k, kb;
   int row_tiles, col_tiles;
-  bool column_scales;
+  bool ue8m0;
+  bool column_major_scales;
 };
 
-// Quantizes tiles of 128x128: rows and columns of x: [M, K], or square blocks of B matrices.
+// Tiles of 128x128 of x: [B, M, K]; with SwiGLU, x: [B, M, 2K].
 struct TilesParams {
-  const void* x;            // bfloat16 or float32; [M, 2K] with SwiGLU
+  const void* x;            // bfloat16 or float32
   void* row_values;         // float8_e4m3fn [B, M, K]
-  float* row_scales;        // 1x128: as in RowsParams; square: [B, MB, KB]
+  float* row_scales;        // 1x128: as in RowsParams; square blocks: [B, MB, KB]
   void* column_values;      // float8_e4m3fn [B, K, P]
-  float* column_scales;     // 1x128: [K, PB] or, column-major, [PB, K]; square: [B, KB, MB]
-  const int* group_sizes;   // [G]: token blocks belong to groups; null: one group of M rows
-  int m, k, p;              // P: tokens of the column output; multiple of 128 unless square
-  int num_groups;
-  int col_tiles;            // tiles along K
-  int tiles_per_cta;        // of them, one CTA quantizes so many
-  int row_tiles;            // tiles along the tokens
-  bool row_scales_column_major, column_scales_column_major;
+  float* column_scales;     // 1x128: [B, K, PB] or, column-major, [B, PB, K]; square: [B, KB, PB]
+  const int* group_sizes;   // [B, G]: every group starts at a multiple of 128 tokens
+  int num_groups;           // -1: no groups
+  int m, k, kb;
+  int p;                    // tokens of the columns: a multiple of 128, or M for square blocks
+  int row_tiles;            // ceil(P / 128)
+  int col_tiles_per_cta;
+  int cta_columns;          // ceil(KB / col_tiles_per_cta)
+  bool ue8m0;
+  bool column_major_row_scales, column_major_column_scales;
 };
 
 }  // namespace jax_ds::quantization

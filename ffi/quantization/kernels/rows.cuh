@@ -5,11 +5,10 @@
 
 namespace jax_ds::quantization {
 
-template <Input kInput_, bool kSwiglu_, bool kUe8m0_, bool kAligned_>
+template <Input kInput_, bool kSwiglu_, bool kAligned_>
 struct RowsConfig {
   static constexpr Input kInput = kInput_;
   static constexpr bool kSwiglu = kSwiglu_;  // x: [M, 2K], gate first
-  static constexpr bool kUe8m0 = kUe8m0_;
   static constexpr bool kAligned = kAligned_;  // K is a multiple of 16
   static constexpr int kThreads = 256;
   // Eight threads quantize a block, a warp four neighbouring blocks of a row.
@@ -47,7 +46,7 @@ struct RowsKernel {
     const int col_tile = blockIdx.x % p.col_tiles;
     const int row_tile = blockIdx.x / p.col_tiles % p.row_tiles;
     const i64 batch = blockIdx.x / p.col_tiles / p.row_tiles;
-    const int rows = p.counts == nullptr ? p.m : min(p.m, p.counts[batch]);
+    const int rows = p.num_rows == nullptr ? p.m : min(p.m, p.num_rows[batch]);
     const int first_row = row_tile * Config::kTileRows;
     if (first_row >= rows) return;
 
@@ -72,10 +71,10 @@ struct RowsKernel {
       Scale scale;
       if constexpr (Config::kSwiglu) {
         const auto h = swiglu(x[r][0], x[r][1]);
-        scale = Scale::of<Config::kUe8m0>(max_over_eight(h.amax()));
+        scale = Scale::of(max_over_eight(h.amax()), p.ue8m0);
         quantize(h, scale, values);
       } else {
-        scale = Scale::of<Config::kUe8m0>(max_over_eight(x[r][0].amax()));
+        scale = Scale::of(max_over_eight(x[r][0].amax()), p.ue8m0);
         quantize(x[r][0], scale, values);
       }
       if (lane == 0) scales[tile_row + r][block] = scale.value;
@@ -94,12 +93,12 @@ struct RowsKernel {
       int first_row, int rows, int col_tile) {
     if (threadIdx.x >= Config::kTileRows * Config::kTileBlocks) return;
     const int i = threadIdx.x;
-    const int r = p.column_scales ? i % Config::kTileRows : i / Config::kTileBlocks;
-    const int b = p.column_scales ? i / Config::kTileRows : i % Config::kTileBlocks;
+    const int r = p.column_major_scales ? i % Config::kTileRows : i / Config::kTileBlocks;
+    const int b = p.column_major_scales ? i / Config::kTileRows : i % Config::kTileBlocks;
     const int row = first_row + r, block = col_tile * Config::kTileBlocks + b;
     if (row >= rows || block >= p.kb) return;
     const i64 base = batch * p.m * p.kb;
-    p.scales[base + (p.column_scales ? static_cast<i64>(block) * p.m + row
+    p.scales[base + (p.column_major_scales ? static_cast<i64>(block) * p.m + row
                                      : static_cast<i64>(row) * p.kb + block)] = scales[r][b];
   }
 };
