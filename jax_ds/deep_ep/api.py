@@ -16,7 +16,7 @@ count around them must agree on all ranks. The method is that of DeepEP
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ds._core.checks import check, check_axis, check_dtype, check_rank, check_shape, fail
 from jax_ds._runtime.choose import Implementation
@@ -138,7 +138,7 @@ def dispatch(
     Raises:
       ValueError, TypeError: for a shape, dtype or keyword against these rules.
     """
-    sizes = _check_plan(plan, num_sms)
+    sizes = check_plan(plan, num_sms)
     options = Options(implementation, num_sms)
     if isinstance(x, Quantized):
         check_rank("x.values", x.values, 2)
@@ -190,7 +190,7 @@ def combine(
     Raises:
       ValueError, TypeError: for a shape, dtype or keyword against these rules.
     """
-    sizes = _check_plan(plan, num_sms)
+    sizes = check_plan(plan, num_sms)
     check_dtype("rows", rows, jnp.bfloat16, jnp.float32)
     check_shape("rows", rows, (sizes.capacity, None), "C H")
     options = Options(implementation, num_sms)
@@ -232,10 +232,11 @@ def together(axes: tuple[str, ...], *operands: Any) -> Any:
     return to_varying(operands, tuple(dict.fromkeys((*axes, *varying_axes(operands)))))
 
 
-def _check_plan(plan: DispatchPlan, num_sms: int | None) -> PlanSizes:
+def check_plan(plan: DispatchPlan, num_sms: int | None, argument: str = "plan") -> PlanSizes:
+    """The sizes of a plan, which must belong to the enclosing shard_map."""
     if not isinstance(plan, DispatchPlan):
-        raise TypeError(f"plan: must be a DispatchPlan, got {type(plan).__name__}")
-    check_axis("plan.axis_name", plan.sizes.axis_name)
+        raise TypeError(f"{argument}: must be a DispatchPlan, got {type(plan).__name__}")
+    check_axis(f"{argument}.axis_name", plan.sizes.axis_name)
     if num_sms is not None:
         check_count("num_sms", num_sms, 1)
     return plan.sizes

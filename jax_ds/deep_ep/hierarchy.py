@@ -54,18 +54,26 @@ class NodeRoute:
         num_gpus, num_staged = self.needed.shape
         num_tokens, width = self.node_slot.shape[1], parts.shape[1]
         parts = exchange(parts.reshape(num_gpus, num_staged, width), (self.gpu_axis,))
-        sums = sum_in_order(num_gpus, lambda g: parts[g])
+        sums = sum_in_order(parts)
         own, others = sums[:num_tokens], sums[num_tokens:].astype(parts.dtype)
         others = others.reshape(num_nodes - 1, num_slots, width)
         back = exchange(_by_node(others, self.node_axis), (self.node_axis,))
         here = jax.lax.axis_index(self.node_axis)
 
-        def from_node(m: int) -> Array:
-            slot = self.node_slot[m][:, None]
-            crossed = jnp.where(slot >= 0, back[m][jnp.maximum(slot[:, 0], 0)], 0)
-            return jnp.where(here == m, own, crossed.astype(jnp.float32))
+        crossed = jnp.take_along_axis(back, jnp.maximum(self.node_slot, 0)[:, :, None], axis=1)
+        crossed = jnp.where(self.node_slot[:, :, None] >= 0, crossed, 0).astype(jnp.float32)
+        each_node = jnp.arange(num_nodes, dtype=jnp.int32)[:, None, None]
+        return sum_in_order(jnp.where(each_node == here, own[None], crossed))
 
-        return sum_in_order(num_nodes, from_node)
+    def source_rank(self) -> Int[Array, " B"]:
+        """The rank that each buffer slot is filled from."""
+        num_gpus = self.needed.shape[0]
+        num_nodes, num_slots = self.node_token.shape
+        here = jax.lax.axis_index(self.node_axis).astype(jnp.int32)
+        own = jnp.full(self.node_slot.shape[1], here, jnp.int32)
+        others = jnp.repeat(_others(here, num_nodes), num_slots)
+        gpu = jnp.arange(num_gpus, dtype=jnp.int32)[:, None]
+        return (jnp.concatenate([own, others])[None, :] * num_gpus + gpu).reshape(-1)
 
 
 def node_route(
@@ -74,18 +82,12 @@ def node_route(
     num_experts: int,
     node_capacity: int,
     axis_name: tuple[str, str],
-) -> tuple[NodeRoute, Int[Array, "B K"], Int[Array, " B"], Bool[Array, "T K"]]:
-    """The route of `expert_ids` (-1: none).
-
-    Returns:
-      The route, the ids of each buffer slot, its source rank, and which of this rank's ids fell
-      to `node_capacity`.
-    """
+) -> tuple[NodeRoute, Bool[Array, "T K"]]:
+    """The route of `expert_ids` (-1: none), and which of them fell to `node_capacity`."""
     node_axis, gpu_axis = axis_name
     num_nodes, num_gpus = jax.lax.axis_size(node_axis), jax.lax.axis_size(gpu_axis)
     here = jax.lax.axis_index(node_axis)
     experts_each = num_experts // (num_nodes * num_gpus)
-    num_tokens = expert_ids.shape[0]
 
     node_of = owner(expert_ids, experts_each * num_gpus)
     each_node = jnp.arange(num_nodes, dtype=jnp.int32)
@@ -94,20 +96,12 @@ def node_route(
     lost = crosses & (node_slot < 0)
     lost_ids = jnp.any((node_of[None] == each_node[:, None, None]) & lost[:, :, None], axis=0)
 
-    # Ids travel raised by one: an empty slot is zero, and then reads as -1.
+    # What this GPU forwards depends on the ids it staged. They travel raised by one: an empty
+    # slot is zero, and then reads as -1.
     staged_ids = _cross_nodes(expert_ids + 1, node_token, node_axis) - 1
     rank_of = owner(staged_ids, experts_each)
     needed = needed_by(jnp.where(rank_of < 0, -1, rank_of - here * num_gpus), num_gpus)
-    route = NodeRoute(node_token, node_slot, needed, node_axis, gpu_axis)
-    received = exchange(mask_slots(needed, staged_ids + 1), (gpu_axis,)) - 1
-
-    others = (here + 1 + jnp.arange(num_nodes - 1, dtype=jnp.int32)) % num_nodes
-    staged_node = jnp.concatenate(
-        [jnp.full(num_tokens, here, jnp.int32), jnp.repeat(others, node_capacity)]
-    )
-    each_gpu = jnp.arange(num_gpus, dtype=jnp.int32)
-    source = staged_node[None, :] * num_gpus + each_gpu[:, None]
-    return route, received.reshape(-1, expert_ids.shape[1]), source.reshape(-1), lost_ids
+    return NodeRoute(node_token, node_slot, needed, node_axis, gpu_axis), lost_ids
 
 
 def _slots(
@@ -133,8 +127,13 @@ def _cross_nodes(
     send = jnp.where(token >= 0, x[jnp.maximum(node_token, 0)], jnp.zeros((), x.dtype))
     arrived = exchange(send, (node_axis,))
     here = jax.lax.axis_index(node_axis)
-    others = arrived[(here + 1 + jnp.arange(num_nodes - 1, dtype=jnp.int32)) % num_nodes]
+    others = arrived[_others(here, num_nodes)]
     return jnp.concatenate([x, others.reshape(-1, x.shape[1])])
+
+
+def _others(here: Int[Array, ""], num_nodes: int) -> Int[Array, "N-1"]:
+    """The other nodes, the next one first."""
+    return (here + 1 + jnp.arange(num_nodes - 1, dtype=jnp.int32)) % num_nodes
 
 
 def _by_node(others: Float[Array, "N-1 P W"], node_axis: str) -> Float[Array, "N P W"]:

@@ -95,14 +95,12 @@ def make_plan(
     expert_ids: Int[Array, "T K"], sizes: PlanSizes, node_capacity: int | None
 ) -> DispatchPlan:
     """Routes the tokens and numbers the rows; see `plan_dispatch`."""
-    ids = valid_ids(expert_ids, sizes.num_experts)
-    if not sizes.num_tokens:  # one token that goes nowhere: no gather from nothing
-        ids = jnp.full((1, sizes.top_k), -1, jnp.int32)
+    ids = valid_ids(expert_ids, sizes)
     lost = jnp.zeros((), jnp.int32)
     route: FlatRoute | NodeRoute
     if len(sizes.axis_name) == 2:
         node_axis, gpu_axis = sizes.axis_name
-        route, received, source, lost_ids = node_route(
+        route, lost_ids = node_route(
             ids,
             num_experts=sizes.num_experts,
             node_capacity=min(node_capacity or ids.shape[0], ids.shape[0]),
@@ -110,14 +108,33 @@ def make_plan(
         )
         lost = jnp.sum(lost_ids & first_mention(ids), dtype=jnp.int32)
     else:
-        route, received, source = flat_route(
-            ids, num_experts=sizes.num_experts, axis_name=sizes.axis_name
-        )
+        route = flat_route(ids, num_experts=sizes.num_experts, axis_name=sizes.axis_name)
+    # Ids travel raised by one: an empty slot is zero, and then reads as -1.
+    received = route.spread(ids + 1) - 1
+    return plan_rows(route, received, lost, sizes)
+
+
+def plan_rows(
+    route: FlatRoute | NodeRoute,
+    received: Int[Array, "B K"],
+    lost: Int[Array, ""],
+    sizes: PlanSizes,
+    region: int | None = None,
+) -> DispatchPlan:
+    """Numbers the rows of the tokens whose ids a rank received.
+
+    With a `region`, every expert has that many rows and none is dropped: the caller knows that
+    they suffice. Without, the experts share the capacity. `lost` counts earlier drops.
+    """
     column, local = local_pairs(received, sizes)
-    pairs = sort_pairs(local, source, sizes)
-    kept = share_capacity(pairs.counts, sizes.capacity, sizes.expert_alignment)
-    group_sizes = round_up(kept, sizes.expert_alignment)
-    starts = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
+    pairs = sort_pairs(local, route.source_rank(), sizes)
+    if region is None:
+        kept = share_capacity(pairs.counts, sizes.capacity, sizes.expert_alignment)
+        group_sizes = round_up(kept, sizes.expert_alignment)
+        starts = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
+    else:
+        kept = group_sizes = pairs.counts
+        starts = jnp.arange(sizes.experts_per_rank, dtype=jnp.int32) * region
     row_source, row_of = number_rows(pairs, kept, starts, sizes)
     return DispatchPlan(
         group_sizes=group_sizes,
@@ -131,9 +148,12 @@ def make_plan(
     )
 
 
-def valid_ids(expert_ids: Int[Array, "T K"], num_experts: int) -> Int[Array, "T K"]:
-    """Every id that names no expert becomes -1."""
-    return jnp.where((expert_ids >= 0) & (expert_ids < num_experts), expert_ids, -1)
+def valid_ids(expert_ids: Int[Array, "T K"], sizes: PlanSizes) -> Int[Array, "T K"]:
+    """The ids, -1 where one names no expert; a single such token where a rank has none."""
+    if not sizes.num_tokens:  # nothing can be gathered from an empty array
+        return jnp.full((1, sizes.top_k), -1, jnp.int32)
+    known = (expert_ids >= 0) & (expert_ids < sizes.num_experts)
+    return jnp.where(known, expert_ids, -1)
 
 
 def first_mention(ids: Int[Array, "B K"]) -> Bool[Array, "B K"]:

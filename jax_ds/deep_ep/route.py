@@ -10,7 +10,6 @@ A token that a rank does not need is zero in its slot.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,24 +34,28 @@ class FlatRoute:
         send = mask_slots(self.needed, x)
         return exchange(send, self.axis_name).reshape(-1, x.shape[1])
 
+    def send_back(self, parts: Float[Array, "B W"]) -> Float[Array, "R T W"]:
+        """Each rank's partial sum of every token, at the token's owner."""
+        num_ranks, num_tokens = self.needed.shape
+        return exchange(parts.reshape(num_ranks, num_tokens, parts.shape[1]), self.axis_name)
+
     def collect(self, parts: Float[Array, "B W"]) -> Float[Array, "T W"]:
         """The float32 sum, in rank order, of the partial sums that the ranks made of a token."""
+        return sum_in_order(self.send_back(parts))
+
+    def source_rank(self) -> Int[Array, " B"]:
+        """The rank that each buffer slot is filled from."""
         num_ranks, num_tokens = self.needed.shape
-        parts = exchange(parts.reshape(num_ranks, num_tokens, parts.shape[1]), self.axis_name)
-        return sum_in_order(num_ranks, lambda r: parts[r])
+        return jnp.repeat(jnp.arange(num_ranks, dtype=jnp.int32), num_tokens)
 
 
 def flat_route(
     expert_ids: Int[Array, "T K"], *, num_experts: int, axis_name: tuple[str, ...]
-) -> tuple[FlatRoute, Int[Array, "B K"], Int[Array, " B"]]:
-    """The route of `expert_ids` (-1: none), the ids of each buffer slot, and its source rank."""
+) -> FlatRoute:
+    """The route of `expert_ids` (-1: none) over `axis_name`."""
     num_ranks = jax.lax.axis_size(axis_name)
     rank_of = owner(expert_ids, num_experts // num_ranks)
-    route = FlatRoute(needed_by(rank_of, num_ranks), axis_name)
-    # Ids travel raised by one: an empty slot is zero, and then reads as -1.
-    received = route.spread(expert_ids + 1) - 1
-    source = jnp.arange(num_ranks, dtype=jnp.int32)
-    return route, received, jnp.repeat(source, expert_ids.shape[0])
+    return FlatRoute(needed_by(rank_of, num_ranks), axis_name)
 
 
 def owner(expert_ids: Int[Array, "T K"], experts_each: int) -> Int[Array, "T K"]:
@@ -76,9 +79,9 @@ def exchange(blocks: Shaped[Array, "N S W"], axis_name: tuple[str, ...]) -> Shap
     return jax.lax.all_to_all(blocks, axis_name, split_axis=0, concat_axis=0, tiled=True)
 
 
-def sum_in_order(count: int, part: Callable[[int], Array]) -> Float[Array, "..."]:
-    """`part(0) + part(1) + ...` in float32, in this order, so that the result is one value."""
-    total = part(0).astype(jnp.float32)
-    for i in range(1, count):
-        total = total + part(i).astype(jnp.float32)
+def sum_in_order(parts: Float[Array, "N ..."]) -> Float[Array, "..."]:
+    """`parts[0] + parts[1] + ...` in float32, in this order, so that the result is one value."""
+    total = parts[0].astype(jnp.float32)
+    for part in parts[1:]:
+        total = total + part.astype(jnp.float32)
     return total

@@ -10,7 +10,7 @@ A plan holds integers only and takes no cotangent.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -96,3 +96,19 @@ def _combine_bwd(
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def inference_only(op: str, *operands: Any) -> Any:
+    """The operands, whose differentiation raises a TypeError."""
+
+    def same(*operands: Any) -> Any:
+        return operands
+
+    def refuse(*_: Any) -> NoReturn:
+        raise TypeError(
+            f"{op}: not differentiable, made for inference; use plan_dispatch, dispatch and combine"
+        )
+
+    call = jax.custom_vjp(same)
+    call.defvjp(refuse, refuse)
+    return call(*operands)

@@ -20,7 +20,7 @@ def dispatch(x: Shaped[Array, "T H"] | Quantized, plan: DispatchPlan) -> Any:
     """`rows[c] = x` of row c's token, zero where row c has none; `[C, H]`."""
     if isinstance(x, Quantized):
         return _dispatch_quantized(x, plan)
-    return _with_tokens(plan, x, lambda x: expand(plan.route.spread(x), plan))
+    return expand(plan.route.spread(at_least_one(x)), plan)
 
 
 def combine(
@@ -36,7 +36,7 @@ def combine(
 
 def publish(weights: Float[Array, "T K"], plan: DispatchPlan) -> Float[Array, "B J"]:
     """Sends the tokens' weights to where their rows are; ids of one expert add theirs up."""
-    received = _with_tokens(plan, weights, plan.route.spread)
+    received = plan.route.spread(at_least_one(weights))
     return in_columns(plan.column, received, plan.sizes.columns, jnp.sum, 0)
 
 
@@ -82,6 +82,11 @@ def pack(*arrays: Shaped[Array, "T _"]) -> UInt8[Array, "T bytes"]:
     return jnp.concatenate([b.reshape(b.shape[0], -1) for b in as_bytes], axis=1)
 
 
+def widths(*arrays: Shaped[Array, "T _"]) -> tuple[tuple[int, Any], ...]:
+    """What `unpack` must know of packed arrays."""
+    return tuple((a.shape[1], a.dtype) for a in arrays)
+
+
 def unpack(message: UInt8[Array, "B bytes"], *parts: tuple[int, Any]) -> list[Array]:
     """The arrays of a message, each given by its width and dtype."""
     arrays, start = [], 0
@@ -96,13 +101,12 @@ def unpack(message: UInt8[Array, "B bytes"], *parts: tuple[int, Any]) -> list[Ar
 
 
 def _dispatch_quantized(x: Quantized, plan: DispatchPlan) -> Quantized:
-    """Values and scales travel as one message of bytes; a row without a token has scale 1."""
-    message = _with_tokens(plan, pack(x.values, x.scales), plan.route.spread)
-    parts = (x.values.shape[1], x.values.dtype), (x.scales.shape[1], x.scales.dtype)
-    values, scales = unpack(expand(message, plan), *parts)
+    """Values and scales travel as one message; a row without a token has scale 1."""
+    message = plan.route.spread(at_least_one(pack(x.values, x.scales)))
+    values, scales = unpack(expand(message, plan), *widths(x.values, x.scales))
     return Quantized(values, jnp.where(plan.row_source[:, None] >= 0, scales, 1))
 
 
-def _with_tokens(plan: DispatchPlan, x: Array, run: Any) -> Any:
-    """Runs `run` on x, padded to one token where the rank has none: no gather from nothing."""
-    return run(x if plan.sizes.num_tokens else jnp.zeros((1, x.shape[1]), x.dtype))
+def at_least_one(x: Shaped[Array, "T W"]) -> Shaped[Array, "T' W"]:
+    """x, or one token of zeros where there is none, as in `valid_ids`."""
+    return x if x.shape[0] else jnp.zeros((1, x.shape[1]), x.dtype)
