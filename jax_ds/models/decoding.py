@@ -1,0 +1,163 @@
+"""Decoding on a paged latent cache, with the key and value projections absorbed."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float32, Int32
+
+from jax_ds import flash_mla, quantization
+from jax_ds._runtime.varying import to_varying, varying_axes
+from jax_ds.models.config import (
+    CACHE_WIDTH,
+    LATENT,
+    NOPE,
+    PAGE_SIZE,
+    SOFTMAX_SCALE,
+    VALUE,
+    ModelConfig,
+)
+from jax_ds.models.layers import latents, project, queries, rms_norm
+from jax_ds.models.model import embed, feed_forward, logits
+from jax_ds.models.params import AttentionParams, LayerParams, MLPParams, ModelParams
+from jax_ds.quantization import Quantized
+
+
+def empty_pages(config: ModelConfig, pages: int) -> BFloat16[Array, "L*P 64 576"]:
+    """The cache of one device: `pages` pages for every layer, in one array.
+
+    One pool that the scan over layers carries is updated in place; a pool per layer would be
+    copied once per step. Layer l's pages start at l * pages.
+    """
+    return jnp.zeros((config.num_layers * pages, PAGE_SIZE, CACHE_WIDTH), jnp.bfloat16)
+
+
+def prepare_for_decoding(config: ModelConfig, params: ModelParams) -> ModelParams:
+    """Weights as `decode_step` wants them, converted once instead of at every step.
+
+    bfloat16, or FP8 (`Quantized`) for what `config.precision="fp8"` multiplies in FP8. Router,
+    norms and bias stay float32. `kv_up` stays bfloat16: it is absorbed, never multiplied whole.
+    """
+
+    def narrow(w: Any) -> Any:
+        return None if w is None else w.astype(jnp.bfloat16)
+
+    def weight(w: Any) -> Any:
+        if w is None or config.precision == "bf16":
+            return narrow(w)
+        return quantization.quantize_128x128(
+            w.astype(jnp.bfloat16), implementation=config.implementation
+        )
+
+    def layer(params: LayerParams) -> LayerParams:
+        a, m = params.attention, params.mlp
+        attention = a._replace(
+            q_down=weight(a.q_down),
+            q_up=weight(a.q_up),
+            kv_down=weight(a.kv_down),
+            kv_up=narrow(a.kv_up),
+            out=weight(a.out),
+        )
+        mlp = m._replace(gate_up=weight(m.gate_up), down=weight(m.down))
+        if not isinstance(mlp, MLPParams):
+            mlp = mlp._replace(
+                shared_gate_up=weight(mlp.shared_gate_up), shared_down=weight(mlp.shared_down)
+            )
+        return params._replace(attention=attention, mlp=mlp)
+
+    return params._replace(
+        embedding=narrow(params.embedding),
+        dense_layers=None if params.dense_layers is None else layer(params.dense_layers),
+        moe_layers=layer(params.moe_layers),
+        head=narrow(params.head),
+    )
+
+
+def decode_step(
+    config: ModelConfig,
+    params: ModelParams,
+    pages: BFloat16[Array, "L*P 64 576"],
+    tokens: Int32[Array, "B S"],
+    page_table: Int32[Array, "B N"],
+    seq_lens: Int32[Array, " B"],
+) -> tuple[Float32[Array, "B vocab"], BFloat16[Array, "L*P 64 576"]]:
+    """Feeds S new tokens per sequence and returns the logits after the last one.
+
+    Equals the last row of `forward` on the whole sequence, up to rounding, with work proportional
+    to the new tokens. Call it inside `jax.shard_map`; the experts see the tokens of all devices
+    (low-latency exchange). S = 1 decodes; a larger S feeds prompts. Sequences may differ in
+    length: tokens are aligned at the right, those at a negative position are ignored, and
+    a sequence of length 0 is an empty slot.
+
+    Args:
+      config: the model.
+      params: this device's parameters, best from `prepare_for_decoding`.
+      pages: the pool of `empty_pages`; donate it, and carry it from step to step.
+      tokens: [B, S] int32.
+      page_table: [B, N] int32, as in `flash_mla.decode`, the same for all layers: entries in
+        [0, P), layer l uses page + l * P.
+      seq_lens: [B] int32 lengths including the S new tokens.
+
+    Returns:
+      logits float32 [B, vocab], and the pool with the new tokens appended.
+    """
+    per_layer = pages.shape[0] // config.num_layers
+    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = seq_lens[:, None] - tokens.shape[1] + steps[None, :]
+    valid = positions >= 0
+
+    def layer(carry: Any, params: LayerParams) -> tuple[Any, None]:
+        x, pages, index = carry
+        change, pages = _attention(
+            config,
+            params.attention,
+            x,
+            jnp.maximum(positions, 0),
+            pages,
+            page_table + index * per_layer,
+            seq_lens,
+        )
+        x = x + change
+        change, _ = feed_forward(config, params, x, valid, low_latency=True)
+        return (x + change, pages, index + 1), None
+
+    axes = varying_axes(params, pages, tokens, page_table, seq_lens)
+    carry = (embed(params, tokens), pages, jnp.zeros((), jnp.int32))
+    carry = (*to_varying(carry[:2], axes), carry[2])
+    if params.dense_layers is not None:
+        carry, _ = jax.lax.scan(layer, carry, params.dense_layers)
+    (x, pages, _), _ = jax.lax.scan(layer, carry, params.moe_layers)
+    return logits(config, params, x[:, -1:])[:, 0], pages
+
+
+def _attention(
+    config: ModelConfig,
+    params: AttentionParams,
+    x: BFloat16[Array, "B S hidden"],
+    positions: Int32[Array, "B S"],
+    pages: BFloat16[Array, "L*P 64 576"],
+    page_table: Int32[Array, "B N"],
+    seq_lens: Int32[Array, " B"],
+) -> tuple[BFloat16[Array, "B S hidden"], BFloat16[Array, "L*P 64 576"]]:
+    """Latent attention in absorbed form: with k = W_k c and v = W_v c for a cached latent c,
+    q . k = (W_k^T q) . c, and the attention over v is W_v times the attention over c."""
+    x = rms_norm(x, params.norm, config.norm_eps)
+    q_nope, q_rope = queries(config, params, x, positions)
+    latent, k_rope = latents(config, params, x, positions)
+    assert not isinstance(params.kv_up, Quantized)
+    kv_up = params.kv_up.astype(x.dtype).reshape(config.num_heads, NOPE + VALUE, LATENT)
+    q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, kv_up[:, :NOPE])
+    row = jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1)
+    impl = config.implementation
+    pages = flash_mla.append(pages, row, page_table, seq_lens, implementation=impl)
+    out = flash_mla.decode(
+        jnp.concatenate([q_latent, q_rope], axis=-1),
+        pages,
+        page_table,
+        seq_lens,
+        scale=SOFTMAX_SCALE,
+        value_dim=LATENT,
+        implementation=impl,
+    )
+    value = jnp.einsum("bshc,hvc->bshv", out, kv_up[:, NOPE:])
+    return project(config, value.reshape(*value.shape[:2], -1), params.out), pages

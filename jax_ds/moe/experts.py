@@ -1,0 +1,93 @@
+"""The routed experts' products outside the custom_vjp: bfloat16, and the low-latency form."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Float32, Int32
+
+from jax_ds import deep_ep, deep_gemm, quantization
+from jax_ds._runtime.choose import Implementation
+from jax_ds.moe.vjp import ExpertConfig
+from jax_ds.quantization import Quantized
+
+
+def swiglu(gate_up: Float[Array, "*M 2F"]) -> BFloat16[Array, "*M F"]:
+    """silu(gate) * up in float32, rounded once; the gate comes first."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(jnp.bfloat16)
+
+
+def linear(
+    x: BFloat16[Array, "M K"],
+    w: Float[Array, "N K"] | Quantized,
+    precision: str,
+    implementation: Implementation,
+) -> BFloat16[Array, "M N"]:
+    """x w^T; `w` may be quantized beforehand (inference)."""
+    if isinstance(w, Quantized):
+        rows = quantization.quantize_1x128(x, implementation=implementation)
+        return deep_gemm.fp8_gemm(rows, w, implementation=implementation)
+    if precision == "fp8":
+        return deep_gemm.fp8_linear(x, w, implementation=implementation)
+    return jnp.einsum("mk,nk->mn", x, w.astype(x.dtype))
+
+
+def bf16_experts(
+    config: ExpertConfig,
+    x: BFloat16[Array, "T H"],
+    weights: Float32[Array, "T k"],
+    gate_up: Float[Array, "E_local 2F H"],
+    down: Float[Array, "E_local H F"],
+    plan: deep_ep.DispatchPlan,
+) -> BFloat16[Array, "T H"]:
+    """The routed experts without quantization; differentiable through its parts."""
+    rows = deep_ep.dispatch(x, plan, **config.exchange)
+    impl = config.implementation
+    hidden = deep_gemm.bf16_grouped_gemm(
+        rows, gate_up.astype(jnp.bfloat16), plan.group_sizes, implementation=impl
+    )
+    out = deep_gemm.bf16_grouped_gemm(
+        swiglu(hidden), down.astype(jnp.bfloat16), plan.group_sizes, implementation=impl
+    )
+    return deep_ep.combine(out, plan, weights, **config.exchange)
+
+
+def low_latency(
+    config: ExpertConfig,
+    x: BFloat16[Array, "T H"],
+    ids: Int32[Array, "T k"],
+    weights: Float32[Array, "T k"],
+    gate_up: Float[Array, "E_local 2F H"] | Quantized,
+    down: Float[Array, "E_local H F"] | Quantized,
+    precision: str,
+) -> BFloat16[Array, "T H"]:
+    """The routed experts for decoding: fixed slots per expert, no counts exchanged beforehand."""
+    impl = config.implementation
+    experts = gate_up.shape[0] * jax.lax.axis_size(config.axis_name)
+    rows, sizes, handle = deep_ep.low_latency_dispatch(
+        x,
+        ids,
+        num_experts=experts,
+        max_tokens=x.shape[0],
+        axis_name=config.axis_name,
+        quantize=precision == "fp8",
+        channel=config.channel,
+        implementation=impl,
+    )
+    if precision == "fp8":
+        hidden = deep_gemm.fp8_masked_gemm(
+            rows, _quantized(gate_up, impl), sizes, implementation=impl
+        )
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        act = quantization.swiglu_quantize_1x128(flat, implementation=impl)
+        act = jax.tree.map(lambda leaf: leaf.reshape(*hidden.shape[:2], -1), act)
+        out = deep_gemm.fp8_masked_gemm(act, _quantized(down, impl), sizes, implementation=impl)
+    else:
+        hidden = jnp.einsum("emk,enk->emn", rows, gate_up.astype(x.dtype))
+        out = jnp.einsum("emk,enk->emn", swiglu(hidden), down.astype(x.dtype))
+    return deep_ep.low_latency_combine(out, handle, weights, implementation=impl)
+
+
+def _quantized(w: Float[Array, "E N K"] | Quantized, implementation: Implementation) -> Quantized:
+    if isinstance(w, Quantized):
+        return w
+    return quantization.quantize_128x128(w, implementation=implementation)
