@@ -132,6 +132,7 @@ def bf16_grouped_wgrad(
     return _for_tiles(total, starts, ends, m, rows, add_tile)
 
 
+@jax.custom_batching.sequential_vmap  # its own rule lacks cases
 def ragged_dot(
     lhs: BFloat16[Array, "M K"], rhs: BFloat16[Array, "G N K"], group_sizes: Int[Array, "G"]
 ) -> BFloat16[Array, "M N"]:
@@ -147,6 +148,7 @@ def ragged_dot(
     return jnp.where(owned, out, jnp.bfloat16(0))
 
 
+@jax.custom_batching.sequential_vmap  # its own rule lacks cases
 def ragged_wgrad(
     dy: BFloat16[Array, "M N"], x: BFloat16[Array, "M K"], group_sizes: Int[Array, "G"]
 ) -> Float[Array, "G N K"]:

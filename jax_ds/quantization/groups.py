@@ -29,8 +29,8 @@ def group_bounds(
 ) -> tuple[Int[Array, "G"], Int[Array, "G"]]:
     """First row and one past the last row of every group, both int32 `[G]`."""
     sizes = jnp.clip(group_sizes.astype(jnp.int32), 0, num_rows)
-    # A running sum that saturates at num_rows cannot overflow int32.
-    ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, num_rows), sizes)
+    # A running sum that saturates at num_rows, written so that it cannot overflow.
+    ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a, num_rows - b) + b, sizes)
     starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
     return starts, ends
 

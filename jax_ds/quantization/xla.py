@@ -27,11 +27,11 @@ _SMALLEST_AMAX = 2.0**-107
 def quantize_1x128(x: Float[Array, "... K"], scale_dtype: ScaleDtype) -> Quantized:
     """1x128 blocks along the last dimension."""
     k = x.shape[-1]
-    blocks = _pad_to_blocks(x, x.ndim - 1).astype(jnp.float32)
-    blocks = blocks.reshape(*x.shape[:-1], num_blocks(k), BLOCK)
-    scales = _scales(jnp.max(jnp.abs(blocks), axis=-1), scale_dtype)
+    padded = _pad_to_blocks(x, x.ndim - 1).astype(jnp.float32)
+    blocks = padded.reshape(*x.shape[:-1], num_blocks(k), BLOCK)
+    scales = _scales(_amax(blocks, -1), scale_dtype)
     values = _values(blocks, scales[..., None])
-    return Quantized(values.reshape(*x.shape[:-1], -1)[..., :k], scales)
+    return Quantized(values.reshape(padded.shape)[..., :k], scales)
 
 
 def quantize_128x128(w: Float[Array, "... N K"], scale_dtype: ScaleDtype) -> Quantized:
@@ -39,7 +39,7 @@ def quantize_128x128(w: Float[Array, "... N K"], scale_dtype: ScaleDtype) -> Qua
     *batch, n, k = w.shape
     padded = _pad_to_blocks(_pad_to_blocks(w, w.ndim - 1), w.ndim - 2).astype(jnp.float32)
     blocks = padded.reshape(*batch, num_blocks(n), BLOCK, num_blocks(k), BLOCK)
-    scales = _scales(jnp.max(jnp.abs(blocks), axis=(-3, -1)), scale_dtype)
+    scales = _scales(_amax(blocks, (-3, -1)), scale_dtype)
     values = _values(blocks, scales[..., :, None, :, None])
     return Quantized(values.reshape(padded.shape)[..., :n, :k], scales)
 
@@ -78,14 +78,10 @@ def _columns(
     x: Float[Array, "M K"], group_sizes: Int[Array, "G"] | None, scale_dtype: ScaleDtype
 ) -> Quantized:
     """Quantized along tokens and transposed, every group from a multiple of 128 tokens on."""
-    m, k = x.shape
-    if group_sizes is None:
-        tokens = _pad_to_blocks(x, 0)
-    else:
-        tokens = _spread(x, group_sizes)
-    p = tokens.shape[0]
+    tokens = _pad_to_blocks(x, 0) if group_sizes is None else _spread(x, group_sizes)
+    p, k = tokens.shape
     blocks = tokens.astype(jnp.float32).reshape(p // BLOCK, BLOCK, k)
-    scales = _scales(jnp.max(jnp.abs(blocks), axis=1), scale_dtype)
+    scales = _scales(_amax(blocks, 1), scale_dtype)
     values = _values(blocks, scales[:, None, :])
     return Quantized(values.reshape(p, k).T, scales.T)
 
@@ -117,6 +113,16 @@ def _pad_to_blocks(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     return jnp.pad(x, widths)
 
 
+def _amax(x: Float[Array, "..."], axis: int | tuple[int, ...]) -> Float[Array, "..."]:
+    """max |x|, NaN if any x is NaN.
+
+    Through the bits, whose order is that of the magnitudes with NaN on top: XLA's floating-point
+    maximum over an axis may drop a NaN on the CPU.
+    """
+    magnitudes = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    return jax.lax.bitcast_convert_type(jnp.max(magnitudes, axis=axis), jnp.float32)
+
+
 def _scales(amax: Float[Array, "..."], scale_dtype: ScaleDtype) -> Float[Array, "..."]:
     scales = amax * jnp.float32(1 / 448)
     if scale_dtype == "ue8m0":
@@ -129,7 +135,10 @@ def _scales(amax: Float[Array, "..."], scale_dtype: ScaleDtype) -> Float[Array, 
 
 
 def _values(x: Float[Array, "..."], scales: Float[Array, "..."]) -> Float[Array, "..."]:
-    return _canonical(x / jnp.broadcast_to(scales, x.shape)).astype(VALUES_DTYPE)
+    # XLA turns a division by a broadcast into a product with the reciprocal, which rounds twice.
+    # A divisor that depends on x, if only where x is NaN anyway, stays a division.
+    divisor = jnp.where(jnp.isnan(x), x, jnp.broadcast_to(scales, x.shape))
+    return _canonical(x / divisor).astype(VALUES_DTYPE)
 
 
 def _canonical(x: Float[Array, "..."]) -> Float[Array, "..."]:
