@@ -18,7 +18,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_ds._core.checks import check, check_axis, check_dtype, check_rank, check_shape, fail
+from jax_ds._core.checks import (
+    check,
+    check_axis,
+    check_dtype,
+    check_rank,
+    check_shape,
+    fail,
+    format_shape,
+)
 from jax_ds._runtime.choose import Implementation
 from jax_ds._runtime.varying import to_varying, varying_axes
 from jax_ds.deep_ep import calls, vjp
@@ -26,7 +34,7 @@ from jax_ds.deep_ep.calls import Options
 from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes
 from jax_ds.quantization import Quantized, check_quantized, without_gradient
 
-_MAX_INDEX = 2**31 - 1
+MAX_INDEX = 2**31 - 1
 
 
 def plan_dispatch(
@@ -77,7 +85,7 @@ def plan_dispatch(
     check_rank("expert_ids", expert_ids, 2)
     check_dtype("expert_ids", expert_ids, jnp.int32)
     num_tokens, top_k = expert_ids.shape
-    check(top_k >= 1, "expert_ids", "must have at least 1 expert per token", "0")
+    check_columns(expert_ids)
     axes, num_ranks = check_axes(axis_name)
     check_experts(num_experts, num_ranks, axis_name)
     check_count("expert_alignment", expert_alignment, 1)
@@ -90,10 +98,11 @@ def plan_dispatch(
 
     experts_each = num_experts // num_ranks
     pairs = num_ranks * num_tokens * min(top_k, experts_each)
-    check(pairs <= _MAX_INDEX, "expert_ids", "R*T*min(K, E_local) must be below 2**31", pairs)
+    check(pairs <= MAX_INDEX, "expert_ids", "R*T*min(K, E_local) must be below 2**31", pairs)
     if capacity is None:
         filling = min(experts_each, pairs) * (expert_alignment - 1)
         capacity = max(pairs + filling, expert_alignment) // expert_alignment * expert_alignment
+    check(capacity <= MAX_INDEX, "capacity", "must be below 2**31", capacity)
     sizes = PlanSizes(
         axis_name=axes,
         num_ranks=num_ranks,
@@ -138,7 +147,7 @@ def dispatch(
     Raises:
       ValueError, TypeError: for a shape, dtype or keyword against these rules.
     """
-    sizes = check_plan(plan, num_sms)
+    sizes = _check_call(plan, num_sms)
     options = Options(implementation, num_sms)
     if isinstance(x, Quantized):
         check_rank("x.values", x.values, 2)
@@ -190,7 +199,7 @@ def combine(
     Raises:
       ValueError, TypeError: for a shape, dtype or keyword against these rules.
     """
-    sizes = check_plan(plan, num_sms)
+    sizes = _check_call(plan, num_sms)
     check_dtype("rows", rows, jnp.bfloat16, jnp.float32)
     check_shape("rows", rows, (sizes.capacity, None), "C H")
     options = Options(implementation, num_sms)
@@ -206,10 +215,16 @@ def combine(
 def check_axes(axis_name: str | tuple[str, ...]) -> tuple[tuple[str, ...], int]:
     """The mesh axes as a tuple, and the number of ranks along them."""
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    check(
-        len(axes) in (1, 2), "axis_name", "must be one axis or a (node, gpu) pair", repr(axis_name)
-    )
+    distinct = len(axes) in (1, 2) and len(set(axes)) == len(axes)
+    check(distinct, "axis_name", "must be one axis or a (node, gpu) pair", repr(axis_name))
     return axes, check_axis("axis_name", axis_name)
+
+
+def check_columns(expert_ids: Int32[Array, "T K"]) -> None:
+    """Requires K of at least 1."""
+    shape = f"shape {format_shape(expert_ids.shape)}"
+    rule = "must have at least 1 expert per token"
+    check(expert_ids.shape[1] >= 1, "expert_ids", rule, shape)
 
 
 def check_experts(num_experts: int, num_ranks: int, axis_name: str | tuple[str, ...]) -> None:
@@ -232,11 +247,18 @@ def together(axes: tuple[str, ...], *operands: Any) -> Any:
     return to_varying(operands, tuple(dict.fromkeys((*axes, *varying_axes(operands)))))
 
 
-def check_plan(plan: DispatchPlan, num_sms: int | None, argument: str = "plan") -> PlanSizes:
+def check_plan(plan: DispatchPlan, argument: str = "plan") -> PlanSizes:
     """The sizes of a plan, which must belong to the enclosing shard_map."""
     if not isinstance(plan, DispatchPlan):
         raise TypeError(f"{argument}: must be a DispatchPlan, got {type(plan).__name__}")
     check_axis(f"{argument}.axis_name", plan.sizes.axis_name)
+    return plan.sizes
+
+
+def _check_call(plan: DispatchPlan, num_sms: int | None) -> PlanSizes:
+    sizes = check_plan(plan)
+    came_from = "a handle of low_latency_dispatch"
+    check(sizes.region is None, "plan", "must come from plan_dispatch", came_from)
     if num_sms is not None:
         check_count("num_sms", num_sms, 1)
-    return plan.sizes
+    return sizes

@@ -24,7 +24,15 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 from jax_ds._core.checks import check, check_dtype, check_rank, check_shape
 from jax_ds._runtime.choose import Implementation, choose
 from jax_ds.deep_ep import xla
-from jax_ds.deep_ep.api import check_axes, check_count, check_experts, check_plan, together
+from jax_ds.deep_ep.api import (
+    MAX_INDEX,
+    check_axes,
+    check_columns,
+    check_count,
+    check_experts,
+    check_plan,
+    together,
+)
 from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes, plan_rows, valid_ids
 from jax_ds.deep_ep.route import FlatRoute, flat_route, sum_in_order
 from jax_ds.deep_ep.vjp import inference_only
@@ -126,19 +134,22 @@ def low_latency_dispatch_start(
     check_dtype("expert_ids", expert_ids, jnp.int32)
     check_shape("expert_ids", expert_ids, (num_tokens, None), "T K")
     top_k = expert_ids.shape[1]
-    check(top_k >= 1, "expert_ids", "must have at least 1 expert per token", top_k)
+    check_columns(expert_ids)
     axes, num_ranks = check_axes(axis_name)
     check_experts(num_experts, num_ranks, axis_name)
     check_count("channel", channel, 0)
+    capacity = num_experts * max_tokens
+    check(capacity <= MAX_INDEX, "max_tokens", "E * max_tokens must be below 2**31", capacity)
     sizes = PlanSizes(
         axis_name=axes,
         num_ranks=num_ranks,
         num_experts=num_experts,
         num_tokens=num_tokens,
         top_k=top_k,
-        capacity=num_experts * max_tokens,
+        capacity=capacity,
         expert_alignment=1,
         channel=channel,
+        region=num_ranks * max_tokens,
     )
     x, expert_ids = inference_only("low_latency_dispatch", *together(axes, x, expert_ids))
 
@@ -209,10 +220,11 @@ def low_latency_combine_start(
     implementation: Implementation = None,
 ) -> CombineInFlight:
     """The first half of `low_latency_combine`, with the same arguments: reduces and sends."""
-    sizes = check_plan(handle, None, "handle")
+    sizes = check_plan(handle, "handle")
+    came_from = "a plan of plan_dispatch"
+    check(sizes.region is not None, "handle", "must come from low_latency_dispatch", came_from)
     check_dtype("rows", rows, jnp.bfloat16, jnp.float32)
-    experts = sizes.experts_per_rank
-    shape = (experts, sizes.capacity // experts, None)
+    shape = (sizes.experts_per_rank, sizes.region, None)
     check_shape("rows", rows, shape, "E_local R*max_tokens H")
     check_dtype("weights", weights, jnp.float32)
     check_shape("weights", weights, (sizes.num_tokens, sizes.top_k), "T K")
@@ -278,12 +290,11 @@ def _send(
 
 def _receive(in_flight: DispatchInFlight) -> tuple[Any, Array, DispatchPlan]:
     sizes = in_flight.sizes
-    region = sizes.capacity // sizes.experts_per_rank
     raised, *_ = xla.unpack(in_flight.messages, *in_flight.parts)
     lost = jnp.zeros((), jnp.int32)
-    handle = plan_rows(in_flight.route, raised - 1, lost, sizes, region)
+    handle = plan_rows(in_flight.route, raised - 1, lost, sizes)
     _, values, *scales = xla.unpack(xla.expand(in_flight.messages, handle), *in_flight.parts)
-    shape = sizes.experts_per_rank, region
+    shape = sizes.experts_per_rank, sizes.region
     rows: Any = values.reshape(*shape, -1)
     if scales:
         has_token = handle.row_source[:, None] >= 0

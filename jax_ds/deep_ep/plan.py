@@ -30,6 +30,7 @@ class PlanSizes:
       capacity: C, rows a rank can receive.
       expert_alignment: each expert's rows start at a multiple of it.
       channel: which buffers the communicating calls use.
+      region: rows of each expert for the low-latency functions, None where experts share C.
     """
 
     axis_name: tuple[str, ...]
@@ -40,6 +41,7 @@ class PlanSizes:
     capacity: int
     expert_alignment: int
     channel: int
+    region: int | None = None
 
     @property
     def experts_per_rank(self) -> int:
@@ -119,22 +121,17 @@ def plan_rows(
     received: Int[Array, "B K"],
     lost: Int[Array, ""],
     sizes: PlanSizes,
-    region: int | None = None,
 ) -> DispatchPlan:
-    """Numbers the rows of the tokens whose ids a rank received.
-
-    With a `region`, every expert has that many rows and none is dropped: the caller knows that
-    they suffice. Without, the experts share the capacity. `lost` counts earlier drops.
-    """
+    """Numbers the rows of the tokens whose ids a rank received; `lost` counts earlier drops."""
     column, local = local_pairs(received, sizes)
     pairs = sort_pairs(local, route.source_rank(), sizes)
-    if region is None:
+    if sizes.region is None:
         kept = share_capacity(pairs.counts, sizes.capacity, sizes.expert_alignment)
         group_sizes = round_up(kept, sizes.expert_alignment)
         starts = jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes
     else:
         kept = group_sizes = pairs.counts
-        starts = jnp.arange(sizes.experts_per_rank, dtype=jnp.int32) * region
+        starts = jnp.arange(sizes.experts_per_rank, dtype=jnp.int32) * sizes.region
     row_source, row_of = number_rows(pairs, kept, starts, sizes)
     return DispatchPlan(
         group_sizes=group_sizes,

@@ -67,7 +67,7 @@ def route(
     rows[0] = -1
     for rank in range(num_ranks):
         local = wanted[rank * experts_each : (rank + 1) * experts_each]
-        kept = _kept([len(tokens) for tokens in local], capacity, expert_alignment)
+        kept = hand_out([len(tokens) for tokens in local], capacity, expert_alignment)
         start = 0
         for e, (tokens, count) in enumerate(zip(local, kept, strict=True)):
             start = start if region is None else e * region
@@ -109,7 +109,7 @@ def combine(
     return jnp.sum(partial.astype(partial_dtype).astype(jnp.float32), axis=0)
 
 
-def _kept(counts: Sequence[int], capacity: int, alignment: int) -> list[int]:
+def hand_out(counts: Sequence[int], capacity: int, alignment: int) -> list[int]:
     """Hands out the capacity a unit at a time, in rounds over the experts that still want one."""
     kept = [0] * len(counts)
     left = capacity // alignment

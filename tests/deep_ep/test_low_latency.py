@@ -1,0 +1,151 @@
+"""Low-latency dispatch and combine, whole and in halves, and dispatch of Quantized tokens."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_ds import deep_ep
+from jax_ds.deep_ep import reference
+from jax_ds.quantization import Quantized, dequantize, quantize_1x128
+from tests.deep_ep import cases
+from tests.deep_ep.cases import RANKS, ROUTINGS, TOKENS, TOP_K, Setup
+from tests.deep_ep.harness import on_mesh, plan_of
+
+Array = jax.Array
+
+IMPLEMENTATIONS = [
+    pytest.param(name, marks=pytest.mark.multigpu) if name == "cuda" else name
+    for name in cases.IMPLEMENTATIONS
+]
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+WIDE = 160  # a whole block of 128 and a ragged one
+EXPERTS = 32
+MAX_TOKENS = TOKENS + 2
+REGION = RANKS * MAX_TOKENS
+
+
+def _tokens(seed: int = 3) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((RANKS, TOKENS, WIDE)).astype(np.float32)
+    return x * np.float32(10.0) ** np.arange(-3, 3, dtype=np.float32)[None, :, None]
+
+
+def _weights() -> np.ndarray:
+    return np.random.default_rng(5).standard_normal((RANKS, TOKENS, TOP_K)).astype(np.float32)
+
+
+def _routing(ids: np.ndarray) -> reference.Routing:
+    capacity = EXPERTS // RANKS * REGION
+    return reference.route(ids, num_experts=EXPERTS, capacity=capacity, region=REGION)
+
+
+def _round_trip(
+    x: Array, ids: Array, weights: Array, *, quantize: bool, halves: bool, implementation: str
+) -> tuple[Any, ...]:
+    """Dispatch, then combine of the rows as they came, in bfloat16."""
+    static = {
+        "num_experts": EXPERTS,
+        "max_tokens": MAX_TOKENS,
+        "axis_name": ("node", "gpu"),
+        "quantize": quantize,
+        "implementation": implementation,
+    }
+    if halves:
+        in_flight = deep_ep.low_latency_dispatch_start(x, ids, **static)
+        between = jnp.sin(x)
+        rows, sizes, handle = deep_ep.low_latency_dispatch_finish(in_flight, after=between)
+    else:
+        rows, sizes, handle = deep_ep.low_latency_dispatch(x, ids, **static)
+    plain = dequantize(rows) if quantize else rows
+    token = jnp.arange(REGION)[None, :, None] < sizes[:, None, None]
+    results = jnp.where(token, plain, jnp.nan).astype(jnp.bfloat16)
+    if halves:
+        flight = deep_ep.low_latency_combine_start(
+            results, handle, weights, implementation=implementation
+        )
+        y = deep_ep.low_latency_combine_finish(flight, after=(between, sizes))
+    else:
+        y = deep_ep.low_latency_combine(results, handle, weights, implementation=implementation)
+    return rows, sizes, y
+
+
+@implementations
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("quantize", [False, True], ids=["plain", "fp8"])
+def test_low_latency(quantize: bool, halves: bool, implementation: str) -> None:
+    setup = Setup("ll", mesh=(2, 4), axes=("node", "gpu"), check_vma=halves, explicit=quantize)
+    run = on_mesh(
+        setup,
+        lambda *args: _round_trip(
+            *args, quantize=quantize, halves=halves, implementation=implementation
+        ),
+    )
+    x, weights = _tokens(), _weights()
+    sent = quantize_1x128(jnp.asarray(x), implementation="xla")
+    for name in ROUTINGS:
+        ids = cases.expert_ids(name, EXPERTS)
+        routing = _routing(ids)
+        rows, sizes, y = run(x, ids, weights)
+        np.testing.assert_array_equal(sizes, routing.expert_counts, err_msg=name)
+        flat = jax.tree.map(lambda a: a.reshape(RANKS, -1, a.shape[-1]), rows)
+        if quantize:
+            _assert_moved(flat, sent, routing)
+            plain = dequantize(jax.tree.map(jnp.asarray, flat))
+        else:
+            np.testing.assert_array_equal(flat, reference.dispatch(jnp.asarray(x), routing))
+            plain = jnp.asarray(flat)
+        results = plain.astype(jnp.bfloat16)
+        want = reference.combine(results, routing, jnp.asarray(weights), ids, jnp.bfloat16)
+        assert y.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(y, np.asarray(want.astype(jnp.bfloat16)), err_msg=name)
+
+
+def _assert_moved(rows: Quantized, sent: Quantized, routing: reference.Routing) -> None:
+    """The very bits of values and scales have moved; other rows have values 0 and scales 1."""
+    held = (routing.expert >= 0)[:, :, None]
+    for got, given, empty in ((rows.values, sent.values, 0), (rows.scales, sent.scales, 1)):
+        moved = np.asarray(given)[routing.source, routing.token]
+        want = np.where(held, moved, np.asarray(empty, moved.dtype))
+        np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
+
+
+@implementations
+@pytest.mark.parametrize(
+    "setup", [s for s in cases.SETUPS if s.name in ("explicit", "nodes_drops")], ids=str
+)
+def test_dispatch_of_quantized_moves_its_bits(setup: Setup, implementation: str) -> None:
+    def run(values: Array, scales: Array, ids: Array) -> Any:
+        plan = plan_of(setup, ids, implementation)
+        return deep_ep.dispatch(Quantized(values, scales), plan, implementation=implementation)
+
+    x = _tokens()
+    x[0, 0, 0], x[1, 1, 130] = np.nan, np.inf
+    sent = quantize_1x128(jnp.asarray(x), implementation="xla")
+    program = on_mesh(setup, run)
+    for name in ("uniform", "duplicates", "none"):
+        ids = cases.expert_ids(name, setup.num_experts)
+        rows = program(np.asarray(sent.values), np.asarray(sent.scales), ids)
+        routing = reference.route(
+            ids,
+            num_experts=setup.num_experts,
+            capacity=setup.rows,
+            num_nodes=setup.num_nodes,
+            node_capacity=setup.node_capacity,
+        )
+        _assert_moved(rows, sent, routing)
+
+
+def test_buffer_bytes_counts_every_slot_of_every_rank() -> None:
+    given = {"num_tokens": 128, "hidden": 7168, "top_k": 8, "num_ranks": 8}
+    combine = 7168 * 2 + 128
+    assert deep_ep.buffer_bytes(**given) == 8 * 128 * (14336 + 128 + combine)
+    fp8 = deep_ep.buffer_bytes(**given, dtype=jnp.float8_e4m3fn, low_latency=True)
+    record = 59 * 128  # 7168 values, 56 scales, 8 ids and 16 bytes: 7440, rounded up
+    assert fp8 == 2 * 8 * 128 * (record + combine)
+
+
+def test_nothing_to_report_without_kernels() -> None:
+    deep_ep.check()
