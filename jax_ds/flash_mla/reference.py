@@ -3,6 +3,7 @@
 Nothing here is shared with the implementations.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -44,24 +45,19 @@ def decode(
     causal: bool = True,
     value_dim: int = 512,
 ) -> tuple[Float32[Array, "B S H V"], Float32[Array, "B S H"]]:
-    """`flash_mla.decode` on the gathered cache, sequence by sequence; returns out and lse."""
-    batch, tokens, heads, width = q.shape
+    """`flash_mla.decode` on the gathered cache with every score at once; returns out and lse."""
+    _, tokens, heads, width = q.shape
     scale = width**-0.5 if scale is None else scale
     num_keys = page_table.shape[1] * kv_pages.shape[1]
-    key = jnp.arange(num_keys)
-    outs, lses = [], []
-    for b in range(batch):
-        table = jnp.clip(page_table[b], 0, kv_pages.shape[0] - 1)
-        cache = kv_pages[table].reshape(num_keys, 1, width)
-        last = jnp.full((tokens,), seq_lens[b])
-        if causal:
-            last = seq_lens[b] - tokens + jnp.arange(tokens) + 1
-        visible = key[None, :] < last[:, None]
-        keys = jnp.broadcast_to(cache, (num_keys, heads, width))
-        out, lse = attention(q[b], keys, keys[..., :value_dim], visible, scale)
-        outs.append(out)
-        lses.append(lse)
-    return jnp.stack(outs), jnp.stack(lses)
+
+    def one(q: Array, table: Array, seq_len: Array) -> tuple[Array, Array]:
+        cache = kv_pages[jnp.clip(table, 0, kv_pages.shape[0] - 1)]
+        keys = jnp.broadcast_to(cache.reshape(num_keys, 1, width), (num_keys, heads, width))
+        query, key = jnp.arange(tokens)[:, None], jnp.arange(num_keys)[None, :]
+        last = seq_len - tokens + query if causal else seq_len - 1
+        return attention(q, keys, keys[..., :value_dim], (key <= last) & (query >= 0), scale)
+
+    return jax.vmap(one)(q, page_table, seq_lens)
 
 
 def append(
@@ -116,5 +112,4 @@ def prefill(
             # The last query of a sequence sees its last key.
             own &= j - cu_seqlens_k[n + 1] <= i - cu_seqlens_q[n + 1]
         visible |= own
-    results = [attention(q[b], k[b], v[b], visible, scale) for b in range(batch)]
-    return jnp.stack([out for out, _ in results]), jnp.stack([lse for _, lse in results])
+    return jax.vmap(lambda q, k, v: attention(q, k, v, visible, scale))(q, k, v)

@@ -268,7 +268,8 @@ def _add_at(total: Keys, j: Array, part: Keys) -> Keys:
 
     def add(x: Array, y: Array) -> Array:
         old = jax.lax.dynamic_index_in_dim(x, j, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(x, old + y, j, 0)
+        new: Array = jax.lax.dynamic_update_index_in_dim(x, old + y, j, 0)
+        return new
 
     result: Keys = jax.tree.map(add, total, part)
     return result

@@ -1,5 +1,6 @@
 """Every implementation of `flash_mla` against the equations: values, gradients, transformations."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,57 +33,47 @@ def _mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def _cotangents(out: Array, lse: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """For the implementation, with NaN where a row is empty; for the reference, zero there."""
-    rng = np.random.default_rng(7)
-    dout = jnp.asarray(rng.standard_normal(out.shape), out.dtype)
-    dlse = jnp.asarray(rng.standard_normal(lse.shape), jnp.float32)
-    empty = lse == -jnp.inf
-    wild = (
-        jnp.where(empty[..., None], jnp.nan, dout).astype(out.dtype),
-        jnp.where(empty, jnp.nan, dlse),
-    )
-    calm = jnp.where(empty[..., None], 0, dout.astype(jnp.float32)), jnp.where(empty, 0, dlse)
-    return wild, calm
-
-
-def _check_gradients(
-    function: Callable[..., Any], ground: Callable[..., Any], operands: tuple[Array, ...]
+def _check(
+    function: Callable[..., Any],
+    ground: Callable[..., Any],
+    operands: tuple[Array, ...],
+    *,
+    gradients: bool,
 ) -> None:
-    (out, lse), pullback = jax.vjp(jax.jit(function), *operands)
-    wild, calm = _cotangents(out, lse)
-    actual = jax.jit(pullback)(wild)
-    exact = tuple(x.astype(jnp.float32) for x in operands)
-    expected = jax.jit(lambda x, ct: jax.vjp(ground, *x)[1](ct))(exact, calm)
-    tolerance = cases.gradient_tolerance(out.dtype)
-    for position, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert a.dtype == operands[position].dtype
-        cases.assert_close(f"gradient {position}", a, e, tolerance)
+    """Compares `(out, lse)` and the gradients of the operands with those of the equation."""
+    rng = np.random.default_rng(7)
+    out, lse = jax.eval_shape(function, *operands)
+    dtype = operands[0].dtype
+    assert out.dtype == dtype and lse.dtype == jnp.float32
+    dout = jnp.asarray(rng.standard_normal(out.shape), dtype)
+    dlse = jnp.asarray(rng.standard_normal(lse.shape), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(function: Callable[..., Any], empty_rows: float, *operands: Array) -> Any:
+        (out, lse), pullback = jax.vjp(function, *operands)
+        empty = lse == -jnp.inf
+        cotangents = (
+            jnp.where(empty[..., None], empty_rows, dout.astype(out.dtype)).astype(out.dtype),
+            jnp.where(empty, empty_rows, dlse),
+        )
+        return out, lse, pullback(cotangents)
+
+    # A NaN that comes back to a row without any key must not spread.
+    out, lse, actual = run(function, float("nan"), *operands)
+    exact = (x.astype(jnp.float32) for x in operands)
+    expected_out, expected_lse, expected = run(ground, 0.0, *exact)
+    cases.assert_close("out", out, expected_out, cases.value_tolerance(dtype))
+    cases.assert_lse_close(lse, expected_lse)
+    if gradients:
+        tolerance = cases.gradient_tolerance(dtype)
+        for position, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert a.dtype == dtype
+            cases.assert_close(f"gradient {position}", a, e, tolerance)
 
 
 @implementations
 @decode_cases
 def test_decode(case: DecodeCase, implementation: str) -> None:
-    x = cases.decode_inputs(case)
-
-    @jax.jit
-    def run(*operands: Array) -> Any:
-        return flash_mla.decode(
-            *operands, **case.static, return_lse=True, implementation=implementation
-        )
-
-    out, lse = run(*x)
-    expected, expected_lse = jax.jit(lambda *o: reference.decode(*o, **case.static))(*x)
-    assert out.dtype == case.dtype and lse.dtype == jnp.float32
-    cases.assert_close("out", out, expected, cases.value_tolerance(case.dtype))
-    cases.assert_lse_close(lse, expected_lse)
-
-
-@implementations
-@decode_cases
-def test_decode_gradient(case: DecodeCase, implementation: str) -> None:
-    if case.spread > 1:
-        pytest.skip("the gradient of a saturated softmax is rounding noise")
     q, kv_pages, page_table, seq_lens = cases.decode_inputs(case)
 
     def function(q: Array, pages: Array) -> Any:
@@ -92,7 +83,8 @@ def test_decode_gradient(case: DecodeCase, implementation: str) -> None:
     def ground(q: Array, pages: Array) -> Any:
         return reference.decode(q, pages, page_table, seq_lens, **case.static)
 
-    _check_gradients(function, ground, (q, kv_pages))
+    # The gradient of a saturated softmax is rounding noise.
+    _check(function, ground, (q, kv_pages), gradients=case.spread == 1)
 
 
 @implementations
@@ -140,10 +132,14 @@ def test_decode_in_shard_map(check_vma: bool, implementation: str) -> None:
     # Both devices read the shared pages: their gradients must be summed over the mesh.
     results = []
     for f in (sharded, function):
-        out, pullback = jax.vjp(lambda q, p, f=f: f(q, p, page_table, seq_lens), q, kv_pages)
-        results.append(
-            (out, *pullback(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype)))
-        )
+
+        @jax.jit
+        def both(q: Array, pages: Array, f: Callable[..., Array] = f) -> Any:
+            out, pullback = jax.vjp(lambda q, pages: f(q, pages, page_table, seq_lens), q, pages)
+            cotangent = jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype)
+            return out, *pullback(cotangent)
+
+        results.append(both(q, kv_pages))
     for name, a, e in zip(("out", "dq", "dkv_pages"), *results, strict=True):
         cases.assert_close(name, a, e, 3e-3)
 
@@ -171,7 +167,10 @@ def test_append_gradient(implementation: str) -> None:
     cotangent = jnp.asarray(np.random.default_rng(4).standard_normal(kv_pages.shape), jnp.float32)
 
     def gradients(append: Callable[..., Array]) -> Any:
-        return jax.vjp(lambda p, k: append(p, k, page_table, seq_lens), kv_pages, kv)[1](cotangent)
+        def pull(pages: Array, kv: Array) -> Any:
+            return jax.vjp(lambda p, k: append(p, k, page_table, seq_lens), pages, kv)[1](cotangent)
+
+        return jax.jit(pull)(kv_pages, kv)
 
     actual = gradients(lambda *x: flash_mla.append(*x, implementation=implementation))
     for a, e in zip(actual, gradients(reference.append), strict=True):
@@ -209,28 +208,7 @@ def test_append_in_shard_map(check_vma: bool, implementation: str) -> None:
 @implementations
 @prefill_cases
 def test_prefill(case: PrefillCase, implementation: str) -> None:
-    x = cases.prefill_inputs(case)
-
-    @jax.jit
-    def run(*operands: Any) -> Any:
-        return flash_mla.prefill(
-            *operands, causal=case.causal, return_lse=True, implementation=implementation
-        )
-
-    out, lse = run(*x)
-    expected, expected_lse = jax.jit(lambda *o: reference.prefill(*o, causal=case.causal))(*x)
-    assert out.dtype == case.dtype and lse.dtype == jnp.float32
-    cases.assert_close("out", out, expected, cases.value_tolerance(case.dtype))
-    cases.assert_lse_close(lse, expected_lse)
-
-
-@implementations
-@prefill_cases
-def test_prefill_gradient(case: PrefillCase, implementation: str) -> None:
-    if case.spread > 1:
-        pytest.skip("the gradient of a saturated softmax is rounding noise")
     q, k, v, k_rope, *offsets = cases.prefill_inputs(case)
-    operands = (q, k, v) if k_rope is None else (q, k, v, k_rope)
 
     def function(*heads: Array) -> Any:
         static = {"causal": case.causal, "return_lse": True, "implementation": implementation}
@@ -239,7 +217,8 @@ def test_prefill_gradient(case: PrefillCase, implementation: str) -> None:
     def ground(*heads: Array) -> Any:
         return reference.prefill(*(*heads, None)[:4], *offsets, causal=case.causal)
 
-    _check_gradients(function, ground, operands)
+    operands = (q, k, v) if k_rope is None else (q, k, v, k_rope)
+    _check(function, ground, operands, gradients=case.spread == 1)
 
 
 def _prefill_loss(implementation: str) -> Callable[..., Any]:
@@ -253,22 +232,30 @@ def _prefill_loss(implementation: str) -> Callable[..., Any]:
     return loss
 
 
+@functools.cache
+def _prefill_whole(implementation: str) -> tuple[tuple[Array, ...], Array, tuple[Array, ...]]:
+    """Operands, and what `_prefill_loss` and its gradient are without any transformation."""
+    operands = cases.prefill_inputs(cases.PREFILL_CASES[1])[:4]
+    function = jax.jit(jax.value_and_grad(_prefill_loss(implementation), (0, 1, 2, 3)))
+    return operands, *function(*operands)
+
+
 @implementations
 def test_prefill_vmap(implementation: str) -> None:
-    operands = cases.prefill_inputs(cases.PREFILL_CASES[1])[:4]
-    both = jax.value_and_grad(_prefill_loss(implementation), (0, 1, 2, 3))
-    value, gradients = jax.jit(jax.vmap(both))(*(x[:, None] for x in operands))
-    whole, expected = jax.jit(both)(*operands)
+    operands, whole, expected = _prefill_whole(implementation)
+    function = jax.vmap(jax.value_and_grad(_prefill_loss(implementation), (0, 1, 2, 3)))
+    value, gradients = jax.jit(function)(*(x[:, None] for x in operands))
     np.testing.assert_allclose(value.sum(), whole, rtol=1e-5)
     for a, e in zip(gradients, expected, strict=True):
         cases.assert_close("gradient", a[:, 0], e, 1e-3)
 
 
 @implementations
-@pytest.mark.parametrize("check_vma", (True, False))
-@pytest.mark.parametrize("over", ("batch", "heads"))
+@pytest.mark.parametrize(
+    ("over", "check_vma"), (("batch", True), ("batch", False), ("heads", True))
+)
 def test_prefill_in_shard_map(over: str, check_vma: bool, implementation: str) -> None:
-    operands = cases.prefill_inputs(cases.PREFILL_CASES[1])[:4]
+    operands, whole, expected = _prefill_whole(implementation)
     loss = _prefill_loss(implementation)
     axis = P("data") if over == "batch" else P(None, None, "data")
     # Over heads, k_rope is the same on both devices: its gradient is their sum.
@@ -280,8 +267,8 @@ def test_prefill_in_shard_map(over: str, check_vma: bool, implementation: str) -
         out_specs=P("data"),
         check_vma=check_vma,
     )
-    both = (jax.value_and_grad(f, (0, 1, 2, 3)) for f in (lambda *x: sharded(*x).sum(), loss))
-    (value, gradients), (whole, expected) = (jax.jit(f)(*operands) for f in both)
+    function = jax.value_and_grad(lambda *x: sharded(*x).sum(), (0, 1, 2, 3))
+    value, gradients = jax.jit(function)(*operands)
     np.testing.assert_allclose(value, whole, rtol=1e-5)
     for a, e in zip(gradients, expected, strict=True):
         cases.assert_close("gradient", a, e, 3e-3)
