@@ -85,7 +85,7 @@ setup: $(VENV)/.installed $(NATIVE)  ## make .venv and build the native module
 
 .PHONY: demo
 demo: setup  ## train a small DeepSeek-V3 on text and decode from it; ARGS="--steps 50 --precision bf16"
-	$(PY) examples/train_v3.py $(ARGS)
+	$(PY) examples/train_deepseek_v3.py $(ARGS)
 
 .PHONY: test
 test: setup test-native test-newest  ## all CPU tests: pytest on the oldest and newest jax, and native ones

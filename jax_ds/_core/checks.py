@@ -30,7 +30,9 @@ def check_rank(argument: str, x: Any, rank: int) -> None:
 
 
 def check_dtype(argument: str, x: Any, *allowed: Any) -> None:
-    """Requires one of the `allowed` dtypes; a TypeError otherwise."""
+    """Requires an array of one of the `allowed` dtypes; a TypeError otherwise."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{argument}: must be an array, got {type(x).__name__}")
     dtype = jnp.dtype(x.dtype)
     if dtype not in {jnp.dtype(a) for a in allowed}:
         names = " or ".join(jnp.dtype(a).name for a in allowed)
