@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 
+#include "flash_mla/handler.h"
 #include "jit/compiler.h"
 #include "quantization/handler.h"
 #include "support/driver.h"
@@ -19,6 +20,7 @@ namespace {
 // A room is added here, in pairs of include and line.
 std::vector<Room> Rooms() {
   return {
+      flash_mla::GetRoom(),
       quantization::GetRoom(),
   };
 }

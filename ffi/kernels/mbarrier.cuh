@@ -19,9 +19,11 @@ JAX_DS_DEVICE void mbarrier_arrive(u64* barrier) {
                : "memory");
 }
 
-// Arrives on the barrier at the same place in CTA `rank` of the cluster.
+// Arrives on the barrier at the same place in CTA `rank` of the cluster. It orders only what a CTA
+// can see: enough to say that one has finished reading. Data sent to another CTA counts itself, by
+// st_async or TMA.
 JAX_DS_DEVICE void mbarrier_arrive_cluster(u64* barrier, u32 rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
                    mapa(shared_address(barrier), rank))
                : "memory");
 }
@@ -32,6 +34,21 @@ JAX_DS_DEVICE void mbarrier_arrive_expect_tx(u64* barrier, u32 bytes) {
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
       "r"(bytes)
       : "memory");
+}
+
+// True if the phase of this parity is complete; does not wait.
+JAX_DS_DEVICE bool mbarrier_test_wait(u64* barrier, u32 parity) {
+  u32 complete;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(complete)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return complete != 0;
 }
 
 // Suspends the thread for a while; true once the phase of this parity is complete.
@@ -52,23 +69,6 @@ JAX_DS_DEVICE bool mbarrier_try_wait(u64* barrier, u32 parity) {
 JAX_DS_DEVICE void mbarrier_wait(u64* barrier, u32 parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
   }
-}
-
-// As mbarrier_wait, with acquire semantics over the cluster: for barriers on which other CTAs
-// arrive after writing to our shared memory.
-JAX_DS_DEVICE void mbarrier_wait_cluster(u64* barrier, u32 parity) {
-  u32 complete;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(complete)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  } while (!complete);
 }
 
 }  // namespace jax_ds

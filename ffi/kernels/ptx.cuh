@@ -72,6 +72,11 @@ JAX_DS_DEVICE void barrier_cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+// Orders no memory: for barriers initialised under fence_mbarrier_init.
+JAX_DS_DEVICE void barrier_cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 JAX_DS_DEVICE void barrier_cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -123,10 +128,76 @@ JAX_DS_DEVICE float ld_shared_f32(u32 address) {
   return value;
 }
 
+// For words that warps pass on without a barrier.
+JAX_DS_DEVICE u32 ld_volatile_shared(const u32* word) {
+  u32 value;
+  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(word)));
+  return value;
+}
+
+JAX_DS_DEVICE void st_volatile_shared(u32* word, u32 value) {
+  asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(shared_address(word)), "r"(value));
+}
+
 JAX_DS_DEVICE void st_shared_v4(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
                "r"(d)
                : "memory");
+}
+
+JAX_DS_DEVICE uint4 ld_shared_v4(u32 address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+JAX_DS_DEVICE float4 ld_shared_v4_f32(u32 address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+JAX_DS_DEVICE float2 ld_shared_v2_f32(u32 address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(value.x), "=f"(value.y)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+// Stores to another CTA of the cluster and counts the 16 bytes on that CTA's `barrier`. Both
+// addresses come from mapa.
+JAX_DS_DEVICE void st_async_v4_f32(u32 address, u32 barrier, float a, float b, float c, float d) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, "
+      "[%1];" ::"r"(address),
+      "r"(barrier), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
+}
+
+JAX_DS_DEVICE void st_global_v4(void* pointer, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+JAX_DS_DEVICE void st_global_b32(void* pointer, u32 value) {
+  asm volatile("st.global.b32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
+
+JAX_DS_DEVICE void st_global_v2_f32(float* pointer, float a, float b) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(pointer), "f"(a), "f"(b) : "memory");
+}
+
+JAX_DS_DEVICE void red_global_add_v2_f32(float* pointer, float a, float b) {
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(pointer), "f"(a), "f"(b) : "memory");
 }
 
 JAX_DS_DEVICE void st_shared_v2_f32(u32 address, float a, float b) {
@@ -144,6 +215,27 @@ JAX_DS_DEVICE void stmatrix_x2(u32 address, u32 a, u32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a),
                "r"(b)
                : "memory");
+}
+
+// Two matrices, each transposed on the way.
+JAX_DS_DEVICE void stmatrix_x2_trans(u32 address, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(a), "r"(b)
+               : "memory");
+}
+
+JAX_DS_DEVICE void ldmatrix_x4(u32 address, u32 (&d)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The transpose of an 8x8 matrix of 16-bit elements that lies across the warp's registers.
+JAX_DS_DEVICE u32 movmatrix_trans(u32 a) {
+  u32 d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
 }
 
 // 4 bytes, zero where `valid` is false (nothing is read then).
@@ -178,6 +270,19 @@ JAX_DS_DEVICE u32 cvt_bf16x2(float low, float high) {
   u32 packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// 2^x and log2(x), to about two units in the last place; ex2(-inf) = 0.
+JAX_DS_DEVICE float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+JAX_DS_DEVICE float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // ---- synchronisation through global memory -----------------------------------------------------

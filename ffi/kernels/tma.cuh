@@ -93,6 +93,11 @@ JAX_DS_DEVICE void bulk_load(void* shared, const void* global, u32 bytes, u64* b
       : "memory");
 }
 
+// Brings `bytes` contiguous bytes (a multiple of 16, the address too) into L2 only.
+JAX_DS_DEVICE void bulk_prefetch(const void* global, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
 // ---- tiles out of shared memory; completion through this thread's bulk groups
 // -------------------- Before: fence_proxy_async_shared() in each thread that wrote the tile, then
 // a barrier.

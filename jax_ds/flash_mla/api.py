@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ds._core.checks import check, check_dtype, check_rank, check_shape
 from jax_ds._runtime.choose import Implementation, choose
-from jax_ds.flash_mla import vjp, xla
+from jax_ds.flash_mla import ffi, vjp, xla
 from jax_ds.flash_mla.config import DecodeConfig, PrefillConfig
 
 PAGE_SIZES = (16, 32, 64, 128)
@@ -228,12 +228,14 @@ def _append_forward(implementation: Implementation, *operands: Any) -> Any:
 
 
 def _prefill_forward(config: PrefillConfig, *operands: Any) -> Any:
+    q, _, v, k_rope, cu_seqlens_q, _ = operands
     return choose(
         "flash_mla.prefill",
         config.implementation,
         operands,
         xla=functools.partial(xla.prefill, config),
-        cuda=None,
+        cuda=functools.partial(ffi.prefill, config),
+        unsupported=ffi.prefill_unsupported(q, v, k_rope, cu_seqlens_q),
     )
 
 

@@ -1,0 +1,405 @@
+// Attention with a head size of queries and keys that differs from that of values: 192/128 in
+// DeepSeek models. out = softmax(scale * q k^T + mask) v, one pass, nothing of size Sq x Sk stored.
+//
+// A CTA takes 128 queries of one head. One thread produces: TMA brings the queries, then tiles of
+// keys and of values into two rings. Two math warpgroups consume, 64 queries each: scores of the
+// next tile of keys and products with the current tile of values are issued together, and the
+// softmax of the next tile runs under the latter. The warpgroups take turns at issuing, so that one
+// computes exponentials while the other has the tensor cores (FlashAttention-3's two overlaps:
+// Shah et al. 2024, section 3). The grid is persistent; tiles of keys are walked from the diagonal
+// backwards, so that only the first ones are masked.
+#pragma once
+
+#include "flash_mla/kernels/prefill_config.h"
+#include "kernels/pipeline.cuh"
+#include "kernels/tma.cuh"
+#include "kernels/wgmma_bf16.cuh"
+
+namespace jax_ds::flash_mla {
+
+inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
+
+// ---- shared storage ----------------------------------------------------------------------------
+
+// Tiles are held as slabs of 64 columns: rows of 128 bytes, swizzled.
+template <PrefillConfig kConfig>
+struct PrefillStorage {
+  static constexpr int kQSlab = kPrefillBlockM * 128;
+  static constexpr int kKeySlab = kConfig.block_n * 128;
+  u8 q[kConfig.qk_dim / 64][kQSlab];
+  u8 k[kConfig.stages][kConfig.qk_dim / 64][kKeySlab];
+  u8 v[kConfig.stages][kConfig.v_dim / 64][kKeySlab];
+  u8 staging[8][2048];
+  PipelineBarriers<1> q_ring;
+  PipelineBarriers<kConfig.stages> k_ring;
+  PipelineBarriers<kConfig.stages> v_ring;
+};
+
+template <PrefillConfig kConfig>
+constexpr bool prefill_legal() {
+  constexpr PrefillConfig c = kConfig;
+  static_assert(c.qk_dim % 64 == 0 && c.rope % 64 == 0 && c.v_dim % 64 == 0, "slabs of 64 columns");
+  static_assert(sizeof(PrefillStorage<c>) <= PrefillSharedBytes(c), "the storage is counted");
+  static_assert(PrefillSharedBytes(c) <= 232448, "an SM's shared memory");
+  return true;
+}
+
+// ---- schedule ----------------------------------------------------------------------------------
+
+struct PrefillTile {
+  int batch;
+  int head;
+  int row;     // first query
+  int blocks;  // tiles of keys that any of its queries sees
+};
+
+// The tile of this CTA in round `round`, false after the last. The longest tiles of a section come
+// first, neighbouring heads together; every other round deals the CTAs their tiles in reverse, so
+// that none gets the longer one every time.
+template <PrefillConfig kConfig>
+JAX_DS_DEVICE bool prefill_tile(const PrefillParams& p, int round, PrefillTile& tile) {
+  const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+  const int index = round * gridDim.x + place;
+  const int row_tiles = (p.queries + kPrefillBlockM - 1) / kPrefillBlockM;
+  const int heads = p.batch * p.heads;
+  if (index >= heads * row_tiles) return false;
+  const int first = index / (p.section * row_tiles) * p.section;
+  const int inside = index - first * row_tiles;
+  const int width = min(p.section, heads - first);
+  const int head = first + inside % width;
+  tile.batch = head / p.heads;
+  tile.head = head % p.heads;
+  tile.row = (row_tiles - 1 - inside / width) * kPrefillBlockM;
+  int keys = p.keys;
+  if (kConfig.causal) {
+    const int rows_end = min(tile.row + kPrefillBlockM, p.queries);
+    keys = max(0, min(keys, rows_end + p.keys - p.queries));
+  }
+  tile.blocks = (keys + kConfig.block_n - 1) / kConfig.block_n;
+  return true;
+}
+
+// ---- producer: one thread ----------------------------------------------------------------------
+
+template <PrefillConfig kConfig>
+JAX_DS_DEVICE void prefill_produce(const PrefillParams& p, PrefillStorage<kConfig>& s) {
+  constexpr int kN = kConfig.block_n;
+  constexpr int kOwnSlabs = (kConfig.qk_dim - kConfig.rope) / 64;
+  Pipeline<1> q_ring(s.q_ring);
+  Pipeline<kConfig.stages> k_ring(s.k_ring), v_ring(s.v_ring);
+  PrefillTile tile;
+  for (int round = 0; prefill_tile<kConfig>(p, round, tile); ++round) {
+    const int kv_head = tile.head / (p.heads / p.kv_heads);
+    auto load_keys = [&](int block) {
+      k_ring.acquire();
+      k_ring.commit(sizeof(s.k[0]));
+#pragma unroll
+      for (int slab = 0; slab < kConfig.qk_dim / 64; ++slab) {
+        const bool shared = slab >= kOwnSlabs;
+        tma_load_4d(s.k[k_ring.slot()][slab], shared ? &p.k_rope : &p.k, k_ring.full(),
+                    (shared ? slab - kOwnSlabs : slab) * 64, shared ? 0 : kv_head, block * kN,
+                    tile.batch);
+      }
+      k_ring.advance();
+    };
+    auto load_values = [&](int block) {
+      v_ring.acquire();
+      v_ring.commit(sizeof(s.v[0]));
+#pragma unroll
+      for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
+        tma_load_4d(s.v[v_ring.slot()][slab], &p.v, v_ring.full(), slab * 64, kv_head, block * kN,
+                    tile.batch);
+      }
+      v_ring.advance();
+    };
+    if (tile.blocks == 0) continue;  // the consumers write zeros
+    q_ring.acquire();
+    q_ring.commit(sizeof(s.q));
+#pragma unroll
+    for (int slab = 0; slab < kConfig.qk_dim / 64; ++slab) {
+      tma_load_4d(s.q[slab], &p.q, q_ring.full(), slab * 64, tile.head, tile.row, tile.batch);
+    }
+    q_ring.advance();
+    // In the order of use: the scores of a block come before the values of the one before it.
+    load_keys(tile.blocks - 1);
+    for (int block = tile.blocks - 2; block >= 0; --block) {
+      load_keys(block);
+      load_values(block + 1);
+    }
+    load_values(0);
+  }
+}
+
+// ---- softmax of a warpgroup's 64 queries
+// ---------------------------------------------------------
+
+// Of the two rows r and r + 8 that this thread shares with the other three of its quad.
+template <int kColumns>
+struct OnlineSoftmax {
+  // Probabilities are relative to a reference in units of log2. It follows the maximum only once it
+  // lags by more than kLag: they stay below 2^kLag, which costs no precision, and earlier results
+  // seldom have to shrink.
+  static constexpr float kLag = 8.0f;
+  float reference[2] = {-kInfinity, -kInfinity};
+  float sum[2] = {};  // of this thread's columns only
+
+  // Turns scores into probabilities; returns by what earlier results shrink.
+  JAX_DS_DEVICE void absorb(float (&scores)[kColumns / 2], float scale_log2, float (&shrink)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = -kInfinity;
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j) {
+        top = fmaxf(top, fmaxf(scores[4 * j + 2 * half], scores[4 * j + 2 * half + 1]));
+      }
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+      top *= scale_log2;
+      shrink[half] = 1.0f;
+      if (top > reference[half] + kLag) {
+        shrink[half] = ex2(reference[half] - top);
+        reference[half] = top;
+      }
+      // A row that has seen no key yet: any finite reference will do.
+      const float finite = reference[half] == -kInfinity ? 0.0f : reference[half];
+      float total = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          scores[4 * j + i] = ex2(scores[4 * j + i] * scale_log2 - finite);
+          total += scores[4 * j + i];
+        }
+      }
+      sum[half] = sum[half] * shrink[half] + total;
+    }
+  }
+
+  // Sums over the quad; afterwards `sum` is the row's.
+  JAX_DS_DEVICE void finish() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
+      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+    }
+  }
+};
+
+// ---- consumer: one math warpgroup
+// ----------------------------------------------------------------
+
+// scores = q k^T, asynchronous, one group.
+template <PrefillConfig kConfig>
+JAX_DS_DEVICE void prefill_scores(float (&scores)[kConfig.block_n / 2], u32 q, u32 k) {
+  using namespace wgmma;
+  fence();
+#pragma unroll
+  for (int i = 0; i < kConfig.qk_dim / 16; ++i) {
+    const u32 slab = i / 4, within = i % 4 * 32;
+    mma<Major::kK, Major::kK>(
+        Bf16{}, scores, descriptor(q + slab * PrefillStorage<kConfig>::kQSlab + within),
+        descriptor(k + slab * PrefillStorage<kConfig>::kKeySlab + within), i > 0);
+  }
+  commit_group();
+}
+
+// out += probabilities * v, asynchronous, one group.
+template <PrefillConfig kConfig>
+JAX_DS_DEVICE void prefill_output(float (&out)[kConfig.v_dim / 2],
+                                  const u32 (&probabilities)[kConfig.block_n / 16][4], u32 v) {
+  using namespace wgmma;
+  fence();
+#pragma unroll
+  for (int i = 0; i < kConfig.block_n / 16; ++i) {
+    mma<Major::kMN>(Bf16{}, out, probabilities[i],
+                    descriptor(v + i * 2048, PrefillStorage<kConfig>::kKeySlab), true);
+  }
+  commit_group();
+}
+
+// Hides what the mask hides: keys past `limit[half]`, the number of keys the row sees.
+template <int kColumns>
+JAX_DS_DEVICE void prefill_mask(float (&scores)[kColumns / 2], int first_key,
+                                const int (&limit)[2]) {
+  const int column = first_key + lane_id() % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (column + 8 * j + i % 2 >= limit[i / 2]) scores[4 * j + i] = -kInfinity;
+    }
+  }
+}
+
+// Writes a warp's 16 rows, 64 columns at a time, turned around in shared memory so that a row
+// leaves in pieces of 16 bytes.
+template <PrefillConfig kConfig>
+JAX_DS_DEVICE void prefill_store(const PrefillParams& p, const PrefillTile& tile, int row,
+                                 const float (&out)[kConfig.v_dim / 2], u32 staging) {
+  const u32 lane = lane_id();
+#pragma unroll
+  for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float* d = out + slab * 32 + j * 8;
+      const u32 r = lane % 16, chunk = (2 * j + lane / 16) ^ (r % 8);
+      stmatrix_x4(staging + r * 128 + chunk * 16, cvt_bf16x2(d[0], d[1]), cvt_bf16x2(d[2], d[3]),
+                  cvt_bf16x2(d[4], d[5]), cvt_bf16x2(d[6], d[7]));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i * 4 + lane / 8, chunk = lane % 8;
+      if (row + r < p.queries) {
+        const i64 at =
+            ((static_cast<i64>(tile.batch) * p.queries + row + r) * p.heads + tile.head) *
+                kConfig.v_dim +
+            slab * 64 + chunk * 8;
+        st_global_v4(static_cast<u16*>(p.out) + at,
+                     ld_shared_v4(staging + r * 128 + (chunk ^ (r % 8)) * 16));
+      }
+    }
+  }
+}
+
+template <PrefillConfig kConfig>
+JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfig>& s) {
+  constexpr int kN = kConfig.block_n;
+  const int warp = warp_id(), group = warp / 4;
+  const u32 q = shared_address(s.q) + group * 64 * 128;
+  const u32 staging = shared_address(s.staging[warp]);
+  const bool releases = threadIdx.x % 128 == 0;
+  // Taking turns: barrier 1 + g lets warpgroup g issue its wgmma; group 0 begins.
+  if (kConfig.ordered && group == 1) bar_arrive(1, 256);
+
+  Pipeline<1> q_ring(s.q_ring);
+  Pipeline<kConfig.stages> k_ring(s.k_ring), v_ring(s.v_ring);
+  PrefillTile tile;
+  for (int round = 0; prefill_tile<kConfig>(p, round, tile); ++round) {
+    const int row = tile.row + group * 64 + warp % 4 * 16;
+    float out[kConfig.v_dim / 2] = {};
+    OnlineSoftmax<kN> softmax;
+    if (tile.blocks > 0) {
+      int limit[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        limit[half] = p.keys;
+        if (kConfig.causal) {
+          const int i = row + half * 8 + lane_id() / 4;
+          limit[half] = min(p.keys, i + 1 + p.keys - p.queries);
+        }
+      }
+      // Blocks from this one on hold keys that some row of the warpgroup does not see.
+      int unmasked = p.keys;
+      if (kConfig.causal) {
+        unmasked = max(0, min(unmasked, tile.row + group * 64 + 1 + p.keys - p.queries));
+      }
+      unmasked /= kN;
+
+      float scores[kN / 2];
+      u32 probabilities[kN / 16][4];
+      float shrink[2];
+      auto pack = [&] {
+#pragma unroll
+        for (int j = 0; j < kN / 4; ++j) {
+          probabilities[j / 4][j % 4] = cvt_bf16x2(scores[2 * j], scores[2 * j + 1]);
+        }
+      };
+
+      q_ring.wait();
+      k_ring.wait();
+      if constexpr (kConfig.ordered) bar_sync(1 + group, 256);
+      prefill_scores<kConfig>(scores, q, shared_address(s.k[k_ring.slot()]));
+      if constexpr (kConfig.ordered) bar_arrive(1 + (group ^ 1), 256);
+      wgmma::wait_group<0>();
+      if (releases) k_ring.release();
+      k_ring.advance();
+      prefill_mask<kN>(scores, (tile.blocks - 1) * kN, limit);
+      softmax.absorb(scores, p.scale_log2, shrink);
+      pack();
+
+      for (int block = tile.blocks - 2; block >= 0; --block) {
+        k_ring.wait();
+        if constexpr (kConfig.ordered) bar_sync(1 + group, 256);
+        prefill_scores<kConfig>(scores, q, shared_address(s.k[k_ring.slot()]));
+        v_ring.wait();
+        prefill_output<kConfig>(out, probabilities, shared_address(s.v[v_ring.slot()]));
+        if constexpr (kConfig.ordered) bar_arrive(1 + (group ^ 1), 256);
+        wgmma::wait_group<1>();
+        if (releases) k_ring.release();
+        k_ring.advance();
+        if (block >= unmasked) prefill_mask<kN>(scores, block * kN, limit);
+        softmax.absorb(scores, p.scale_log2, shrink);
+        wgmma::wait_group<0>();
+        if (releases) v_ring.release();
+        v_ring.advance();
+        pack();
+        if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+#pragma unroll
+          for (int j = 0; j < kConfig.v_dim / 2; ++j) out[j] *= shrink[j / 2 % 2];
+        }
+      }
+      // The queries may be overwritten: the next tile's arrive while this one's output leaves.
+      if (releases) q_ring.release();
+      q_ring.advance();
+
+      v_ring.wait();
+      prefill_output<kConfig>(out, probabilities, shared_address(s.v[v_ring.slot()]));
+      wgmma::wait_group<0>();
+      if (releases) v_ring.release();
+      v_ring.advance();
+    }
+    softmax.finish();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = row + half * 8 + lane_id() / 4;
+      const float inverse = softmax.sum[half] == 0.0f ? 0.0f : 1.0f / softmax.sum[half];
+#pragma unroll
+      for (int j = 0; j < kConfig.v_dim / 8; ++j) {
+        out[4 * j + 2 * half] *= inverse;
+        out[4 * j + 2 * half + 1] *= inverse;
+      }
+      if (lane_id() % 4 == 0 && i < p.queries) {
+        const i64 at = (static_cast<i64>(tile.batch) * p.queries + i) * p.heads + tile.head;
+        p.lse[at] = softmax.reference[half] == -kInfinity
+                        ? -kInfinity
+                        : (softmax.reference[half] + lg2(softmax.sum[half])) * 0.6931471805599453f;
+      }
+    }
+    prefill_store<kConfig>(p, tile, row, out, staging);
+  }
+}
+
+// ---- entry -------------------------------------------------------------------------------------
+
+template <PrefillConfig kConfig>
+__global__ void __launch_bounds__(kPrefillThreads, 1)
+    Prefill(const __grid_constant__ PrefillParams p) {
+  static_assert(prefill_legal<kConfig>());
+  extern __shared__ __align__(1024) u8 memory[];
+  PrefillStorage<kConfig>& s = *reinterpret_cast<PrefillStorage<kConfig>*>(memory);
+
+  const u32 warp = warp_id();
+  if (warp == 0 && elect_one()) {
+    prefetch_tensormap(&p.q);
+    prefetch_tensormap(&p.k);
+    prefetch_tensormap(&p.v);
+    s.q_ring.init(1, 2);
+    s.k_ring.init(1, 2);
+    s.v_ring.init(1, 2);
+    fence_mbarrier_init();
+  }
+  griddepcontrol_wait();
+  __syncthreads();
+
+  if (warp >= 8) {
+    setmaxnreg_dec<24>();
+    if (warp == 8 && elect_one()) prefill_produce<kConfig>(p, s);
+  } else {
+    setmaxnreg_inc<240>();
+    prefill_consume<kConfig>(p, s);
+  }
+}
+
+}  // namespace jax_ds::flash_mla
