@@ -40,9 +40,12 @@ class NodeRoute:
 
     def spread(self, x: Shaped[Array, "T W"]) -> Shaped[Array, "B W"]:
         """Each token once to each node, then once to each rank of it that needs it."""
-        staged = _cross_nodes(x, self.node_token, self.node_axis)
+        return self.forward(_cross_nodes(x, self.node_token, self.node_axis))
+
+    def forward(self, staged: Shaped[Array, "U W"]) -> Shaped[Array, "B W"]:
+        """Staged tokens to the GPUs of this node that need them."""
         arrived = exchange(mask_slots(self.needed, staged), (self.gpu_axis,))
-        return arrived.reshape(-1, x.shape[1])
+        return arrived.reshape(-1, staged.shape[1])
 
     def collect(self, parts: Float[Array, "B W"]) -> Float[Array, "T W"]:
         """The sum of a token's partial sums: float32 over a node's GPUs, then over the nodes.
@@ -82,8 +85,11 @@ def node_route(
     num_experts: int,
     node_capacity: int,
     axis_name: tuple[str, str],
-) -> tuple[NodeRoute, Bool[Array, "T K"]]:
-    """The route of `expert_ids` (-1: none), and which of them fell to `node_capacity`."""
+) -> tuple[NodeRoute, Int[Array, "B K"], Bool[Array, "T K"]]:
+    """The route of `expert_ids` (-1: none), the ids of each buffer slot, and the ids lost.
+
+    Lost are those of tokens that `node_capacity` keeps from crossing.
+    """
     node_axis, gpu_axis = axis_name
     num_nodes, num_gpus = jax.lax.axis_size(node_axis), jax.lax.axis_size(gpu_axis)
     here = jax.lax.axis_index(node_axis)
@@ -101,20 +107,19 @@ def node_route(
     staged_ids = _cross_nodes(expert_ids + 1, node_token, node_axis) - 1
     rank_of = owner(staged_ids, experts_each)
     needed = needed_by(jnp.where(rank_of < 0, -1, rank_of - here * num_gpus), num_gpus)
-    return NodeRoute(node_token, node_slot, needed, node_axis, gpu_axis), lost_ids
+    route = NodeRoute(node_token, node_slot, needed, node_axis, gpu_axis)
+    return route, route.forward(staged_ids + 1) - 1, lost_ids
 
 
 def _slots(
     crosses: Bool[Array, "N T"], capacity: int
 ) -> tuple[Int[Array, "N P"], Int[Array, "N T"]]:
     """Packs the tokens bound for each node into its slots, in token order; both directions."""
-    num_tokens = crosses.shape[1]
     position = jnp.cumsum(crosses, axis=1, dtype=jnp.int32) - 1
     node_slot = jnp.where(crosses & (position < capacity), position, -1)
     # A stable sort puts the tokens that cross first.
     order = jnp.argsort(~crosses, axis=1, stable=True)[:, :capacity].astype(jnp.int32)
     filled = jnp.arange(capacity, dtype=jnp.int32)[None, :] <= position[:, -1:]
-    assert order.shape[1] == capacity <= num_tokens
     return jnp.where(filled, order, -1), node_slot
 
 

@@ -102,7 +102,7 @@ def make_plan(
     route: FlatRoute | NodeRoute
     if len(sizes.axis_name) == 2:
         node_axis, gpu_axis = sizes.axis_name
-        route, lost_ids = node_route(
+        route, received, lost_ids = node_route(
             ids,
             num_experts=sizes.num_experts,
             node_capacity=min(node_capacity or ids.shape[0], ids.shape[0]),
@@ -111,8 +111,8 @@ def make_plan(
         lost = jnp.sum(lost_ids & first_mention(ids), dtype=jnp.int32)
     else:
         route = flat_route(ids, num_experts=sizes.num_experts, axis_name=sizes.axis_name)
-    # Ids travel raised by one: an empty slot is zero, and then reads as -1.
-    received = route.spread(ids + 1) - 1
+        # Ids travel raised by one: an empty slot is zero, and then reads as -1.
+        received = route.spread(ids + 1) - 1
     return plan_rows(route, received, lost, sizes)
 
 

@@ -77,7 +77,7 @@ def route(
             group_sizes[rank, e], expert_counts[rank, e] = padded, count
             num_dropped[rank] += len(tokens) - count
             start += padded
-    return Routing(*rows, group_sizes, expert_counts, num_dropped)
+    return Routing(rows[0], rows[1], rows[2], group_sizes, expert_counts, num_dropped)
 
 
 def dispatch(x: Float[Array, "R T H"], routing: Routing) -> Float[Array, "R C H"]:

@@ -76,7 +76,8 @@ def mask_slots(needed: Bool[Array, "N T"], x: Shaped[Array, "T W"]) -> Shaped[Ar
 
 def exchange(blocks: Shaped[Array, "N S W"], axis_name: tuple[str, ...]) -> Shaped[Array, "N S W"]:
     """Block n goes to rank n of the axis; the result's block n came from rank n."""
-    return jax.lax.all_to_all(blocks, axis_name, split_axis=0, concat_axis=0, tiled=True)
+    arrived: Array = jax.lax.all_to_all(blocks, axis_name, 0, 0, tiled=True)
+    return arrived
 
 
 def sum_in_order(parts: Float[Array, "N ..."]) -> Float[Array, "..."]:

@@ -76,6 +76,8 @@ SETUPS = (
     Setup("nodes", **_NODES, num_experts=32),
     Setup("nodes_drops", **_NODES, capacity=5, node_capacity=2),
     Setup("four_nodes", **{**_NODES, "mesh": (4, 2)}, node_capacity=3, check_vma=False),
+    Setup("one_node", **{**_NODES, "mesh": (1, 8)}, capacity=20, explicit=True),
+    Setup("one_gpu_each", **{**_NODES, "mesh": (8, 1)}, num_experts=8, dtype="bfloat16"),
     Setup("data", mesh=(2, 4), axes=("data", "ep"), capacity=9),
 )
 

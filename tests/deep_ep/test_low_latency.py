@@ -149,3 +149,29 @@ def test_buffer_bytes_counts_every_slot_of_every_rank() -> None:
 
 def test_nothing_to_report_without_kernels() -> None:
     deep_ep.check()
+
+
+def test_finish_waits_for_the_work_given_to_it() -> None:
+    """The arrived messages and the results of the work pass one barrier, before any use."""
+    mesh = jax.make_mesh((8,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def run(x: Array, ids: Array) -> Array:
+        in_flight = deep_ep.low_latency_dispatch_start(
+            x, ids, num_experts=EXPERTS, max_tokens=TOKENS, axis_name="ep"
+        )
+        work = jnp.sin(x)
+        rows, sizes, handle = deep_ep.low_latency_dispatch_finish(in_flight, after=work)
+        weights = jnp.ones(ids.shape, jnp.float32)
+        flight = deep_ep.low_latency_combine_start(dequantize(rows), handle, weights)
+        return deep_ep.low_latency_combine_finish(flight, after={"work": work, "sizes": sizes})
+
+    spec = jax.sharding.PartitionSpec("ep")
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
+    x = np.zeros((RANKS * TOKENS, WIDE), np.float32)
+    text = jax.jit(mapped).lower(x, np.zeros((RANKS * TOKENS, TOP_K), np.int32)).as_text()
+    barriers = [line for line in text.splitlines() if "stablehlo.optimization_barrier" in line]
+    work = f"tensor<{TOKENS}x{WIDE}xf32>"
+    assert len(barriers) == 2
+    assert all(work in line for line in barriers)
+    first_use = text.index("stablehlo.sort")
+    assert text.index(barriers[0]) < first_use

@@ -199,3 +199,26 @@ def test_a_token_crosses_to_another_node_once() -> None:
     other_node = (nodes != here[:, :, None]).any(axis=2)
     np.testing.assert_array_equal(sent, other_node.sum(axis=1))
     assert forwarded.sum() == sum(len(set(token)) for token in ranks.reshape(-1, TOP_K))
+
+
+def _lowered(setup: Setup, platform: str) -> str:
+    """The layer's forward and backward program, lowered for a platform that need not be here."""
+    mesh = jax.make_mesh(setup.mesh, setup.axes, axis_types=(AxisType.Auto,) * len(setup.axes))
+
+    def per_device(x: Array, ids: Array, weights: Array) -> Any:
+        y, pull = jax.vjp(lambda x, w: _layer(setup, x, ids, w), x, weights)
+        return y, pull(y)
+
+    spec = P(setup.axes)
+    x, weights = (a.reshape(-1, a.shape[-1]) for a in _operands())
+    ids = cases.expert_ids("uniform", EXPERTS).reshape(-1, TOP_K)
+    mapped = jax.jit(jax.shard_map(per_device, mesh=mesh, in_specs=spec, out_specs=spec))
+    return mapped.trace(x, ids, weights).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("setup", "axes"), [(FLAT, 1), (NODES, 2)], ids=str)
+def test_messages_of_a_layer(setup: Setup, axes: int) -> None:
+    """Ids; tokens; weights and results; back: the cotangent, products for weights, of tokens."""
+    text = _lowered(setup, "cuda")
+    assert text.count("stablehlo.all_to_all") == 7 * axes
+    assert "all_gather" not in text
