@@ -5,6 +5,7 @@ Nothing here is shared with the implementations.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 
@@ -66,14 +67,15 @@ def append(
     page_table: Int32[Array, "B N"],
     seq_lens: Int32[Array, " B"],
 ) -> Float[Array, "P L D"]:
-    """`flash_mla.append`, one token after the other; the lengths must be concrete."""
+    """`flash_mla.append`, one token after the other; table and lengths must be concrete."""
+    table, lengths = np.asarray(page_table), np.asarray(seq_lens)
     page_size = kv_pages.shape[1]
     batch, tokens, _ = kv.shape
     for b in range(batch):
         for s in range(tokens):
-            position = int(seq_lens[b]) - tokens + s
+            position = int(lengths[b]) - tokens + s
             if position >= 0:
-                page = int(page_table[b, position // page_size])
+                page = int(table[b, position // page_size])
                 kv_pages = kv_pages.at[page, position % page_size].set(kv[b, s])
     return kv_pages
 
