@@ -18,11 +18,12 @@ PY := $(VENV)/bin/python
 # has cores, or collectives can deadlock.
 export NPROC ?= 32
 PYTEST := -m pytest -q
+# The CPU tests are about the CPU backend on machines with a GPU too.
+ON_CPU := JAX_PLATFORMS=cpu
 
 CPP_SOURCES := $(shell find ffi tests/native -name '*.cc' -o -name '*.h' -o -name '*.cuh')
 HOST_SOURCES := $(shell find ffi \( -name '*.cc' -o -name '*.h' \))
 NATIVE := jax_ds/_jax_ds.abi3.so
-DATA_ARGS ?=
 
 define find_python
 for candidate in $(PYTHON) python3.12 python3 python3.13 python3.14 python; do \
@@ -89,11 +90,11 @@ demo: setup  ## train a small DeepSeek-V3 on text and decode from it; ARGS="--st
 
 .PHONY: test
 test: setup test-native test-newest  ## all CPU tests: pytest on the oldest and newest jax, and native ones
-	$(PY) $(PYTEST) $(ARGS)
+	$(ON_CPU) $(PY) $(PYTEST) $(ARGS)
 
 .PHONY: test-fast
 test-fast: setup  ## pytest without the tests that start processes or train
-	$(PY) $(PYTEST) -m "not gpu and not multigpu and not slow" $(ARGS)
+	$(ON_CPU) $(PY) $(PYTEST) -m "not gpu and not multigpu and not slow" $(ARGS)
 
 .PHONY: test-native
 test-native: $(NATIVE)  ## C++ unit tests of what runs on the host
@@ -103,7 +104,7 @@ test-native: $(NATIVE)  ## C++ unit tests of what runs on the host
 # The contract of every room; the rest does not depend on the version of jax.
 .PHONY: test-newest
 test-newest: setup $(NEWEST)/.installed  ## the contract tests on the newest release of jax
-	$(NEWEST)/bin/python $(PYTEST) -m "not gpu and not multigpu and not slow" \
+	$(ON_CPU) $(NEWEST)/bin/python $(PYTEST) -m "not gpu and not multigpu and not slow" \
 	  $$(ls tests/*/test_contract.py) $(ARGS)
 
 .PHONY: format
@@ -128,8 +129,11 @@ gpu-test: setup  ## the tests that need a Hopper GPU; writes tests/gpu/results.j
 	$(PY) tests/gpu/run.py $(ARGS)
 
 .PHONY: bench
-bench: setup  ## all benchmarks; on a GPU machine writes benchmarks/results/
-	$(PY) -m benchmarks $(ARGS)
+bench: setup  ## all benchmarks, on a GPU machine; writes benchmarks/results/ and the documents' tables
+	for file in $(filter-out %/__init__.py %/timing.py %/tables.py,$(wildcard benchmarks/*.py)); do \
+	  $(PY) -m "benchmarks.$$(basename "$$file" .py)"; \
+	done
+	$(PY) -m benchmarks.tables
 
 .PHONY: wheel
 wheel: $(VENV)/.installed  ## dist/jax_ds-*.whl, built in an environment of its own

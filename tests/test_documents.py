@@ -1,0 +1,69 @@
+"""The documents tell the truth: examples run, tables are those of the results, names exist."""
+
+import importlib
+import pathlib
+import re
+import types
+
+import pytest
+
+from benchmarks import tables
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+EXAMPLES = re.findall(
+    r"^### (\w+)\n+```python\n(.*?)```", (ROOT / "README.md").read_text(), re.M | re.S
+)
+ROOMS = ("quantization", "deep_gemm", "flash_mla", "deep_ep", "moe", "models")
+
+
+def test_an_example_per_system() -> None:
+    assert [name for name, _ in EXAMPLES] == ["FlashMLA", "DeepGEMM", "DeepEP"]
+
+
+@pytest.mark.parametrize(("name", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_readme_example_runs(name: str, code: str) -> None:
+    assert len(code.splitlines()) <= 26
+    exec(compile(code, f"README.md, {name}", "exec"), {"__name__": "example"})
+
+
+def test_tables_are_up_to_date() -> None:
+    assert tables.main(["--check"]) == 0
+
+
+def test_tables_show_matching_rows_beside_their_yardsticks() -> None:
+    rows = {
+        "yardstick copy": {"us": 1.0, "gb_s": 4000, "launches": 1},
+        "yardstick bf16": {"us": 1.0, "tflops": 800, "launches": 1},
+        "small": {"us": 2.25, "gb_s": 1000, "launches": 1},
+        "product": {"us": 3.0, "gb_s": 100, "tflops": 1200, "launches": 2},
+    }
+    text = "a\n<!-- benchmarks room small|product -->\nold\n<!-- end -->\nb\n"
+    lines = tables.fill(text, {"room": {"rows": rows}}).splitlines()
+    assert "| small | 2.2 | 1000 |  | 1 | 0.25 |" in lines
+    assert "| product | 3.0 | 100 | 1200 | 2 | 1.50 |" in lines
+    assert (lines[0], lines[-1]) == ("a", "b")
+    assert "old" not in lines
+    assert not [line for line in lines if line.startswith("| yardstick")]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_overview_names_every_public_name(room: str) -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    section = text.split(f"## jax_ds.{room}\n")[1].split("\n## ")[0]
+    named = set(re.findall(r"^- `(\w+)", section, re.M))
+    assert named == set(importlib.import_module(f"jax_ds.{room}").__all__)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_is_documented(room: str) -> None:
+    module = importlib.import_module(f"jax_ds.{room}")
+    for name in module.__all__:
+        value = getattr(module, name)
+        if isinstance(value, type | types.FunctionType):
+            assert (value.__doc__ or "").strip(), f"{room}.{name}"
+
+
+def test_links_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
