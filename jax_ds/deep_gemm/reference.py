@@ -1,76 +1,78 @@
 """The products' equations in float32, one 128-block of the contracted dimension after the other.
 
 Operands are plain arrays: values of any dtype and their scales, one per row and block
-(`[R, ceil(C/128)]`) or per 128x128 block (`[ceil(R/128), ceil(C/128)]`).
+(`[R, ceil(C/128)]`) or per 128x128 block (`[ceil(R/128), ceil(C/128)]`). What tests differentiate
+is written in jnp, the rest in NumPy.
 """
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 def gemm(
-    lhs: Float[Array, "M K"],
-    lhs_scales: Float[Array, "M B"],
-    rhs: Float[Array, "N K"],
-    rhs_scales: Float[Array, "..."],
-) -> Float[Array, "M N"]:
+    lhs: Float[np.ndarray, "M K"],
+    lhs_scales: Float[np.ndarray, "M B"],
+    rhs: Float[np.ndarray, "N K"],
+    rhs_scales: Float[np.ndarray, "..."],
+) -> Float[np.ndarray, "M N"]:
     """`out[i, j] = sum_b lhs_scale[i, b] rhs_scale[j, b] sum_{k in b} lhs[i, k] rhs[j, k]`."""
     if rhs_scales.shape[0] != rhs.shape[0]:
-        rhs_scales = rhs_scales[jnp.arange(rhs.shape[0]) // 128]
-    out = jnp.zeros((lhs.shape[0], rhs.shape[0]), jnp.float32)
+        rhs_scales = rhs_scales[np.arange(rhs.shape[0]) // 128]
+    out = np.zeros((lhs.shape[0], rhs.shape[0]), np.float32)
     for b in range(lhs_scales.shape[1]):
         block = slice(128 * b, 128 * b + 128)
-        a, c = lhs[:, block].astype(jnp.float32), rhs[:, block].astype(jnp.float32)
-        partial = jnp.einsum("mk,nk->mn", a, c, precision=_EXACT)
+        a, c = lhs[:, block].astype(np.float32), rhs[:, block].astype(np.float32)
+        partial = a @ c.T
         out += lhs_scales[:, b][:, None] * rhs_scales[:, b][None, :] * partial
     return out
 
 
 def grouped_gemm(
-    lhs: Float[Array, "M K"],
-    lhs_scales: Float[Array, "M B"],
-    rhs: Float[Array, "G N K"],
-    rhs_scales: Float[Array, "G A B"],
+    lhs: Float[np.ndarray, "M K"],
+    lhs_scales: Float[np.ndarray, "M B"],
+    rhs: Float[np.ndarray, "G N K"],
+    rhs_scales: Float[np.ndarray, "G A B"],
     group_sizes: Sequence[int],
-) -> Float[Array, "M N"]:
+) -> Float[np.ndarray, "M N"]:
     """Every group's rows times its own matrix; zero past the last group."""
-    out = jnp.zeros((lhs.shape[0], rhs.shape[1]), jnp.float32)
+    out = np.zeros((lhs.shape[0], rhs.shape[1]), np.float32)
     start = 0
     for g, size in enumerate(group_sizes):
         rows = slice(start, start + size)
         product = gemm(lhs[rows], lhs_scales[rows], rhs[g], rhs_scales[g])
-        out = out.at[rows].set(product)
+        out[rows] = product
         start += size
     return out
 
 
 def masked_gemm(
-    lhs: Float[Array, "G M K"],
-    lhs_scales: Float[Array, "G M B"],
-    rhs: Float[Array, "G N K"],
-    rhs_scales: Float[Array, "G A B"],
+    lhs: Float[np.ndarray, "G M K"],
+    lhs_scales: Float[np.ndarray, "G M B"],
+    rhs: Float[np.ndarray, "G N K"],
+    rhs_scales: Float[np.ndarray, "G A B"],
     group_sizes: Sequence[int],
-) -> Float[Array, "G M N"]:
+) -> Float[np.ndarray, "G M N"]:
     """The first rows of every group times its matrix; zero past them."""
-    out = jnp.zeros((*lhs.shape[:2], rhs.shape[1]), jnp.float32)
+    out = np.zeros((*lhs.shape[:2], rhs.shape[1]), np.float32)
     for g, size in enumerate(group_sizes):
         product = gemm(lhs[g, :size], lhs_scales[g, :size], rhs[g], rhs_scales[g])
-        out = out.at[g, :size].set(product)
+        out[g, :size] = product
     return out
 
 
 def grouped_wgrad(
-    dy: Float[Array, "N P"],
-    dy_scales: Float[Array, "N B"],
-    x: Float[Array, "K P"],
-    x_scales: Float[Array, "K B"],
+    dy: Float[np.ndarray, "N P"],
+    dy_scales: Float[np.ndarray, "N B"],
+    x: Float[np.ndarray, "K P"],
+    x_scales: Float[np.ndarray, "K B"],
     group_sizes: Sequence[int],
-) -> Float[Array, "G N K"]:
+) -> Float[np.ndarray, "G N K"]:
     """Every group's `dy @ x.T` over its tokens, which start at a multiple of 128."""
     out = []
     start = 0
@@ -80,7 +82,7 @@ def grouped_wgrad(
         blocks = slice(first, first + -(-size // 128))
         out.append(gemm(dy[:, tokens], dy_scales[:, blocks], x[:, tokens], x_scales[:, blocks]))
         start = (first + -(-size // 128)) * 128
-    return jnp.stack(out)
+    return np.stack(out)
 
 
 def linear(x: Float[Array, "M K"], w: Float[Array, "N K"]) -> Float[Array, "M N"]:

@@ -12,13 +12,13 @@ from jax_ds._runtime.varying import match_primal, to_varying, varying_axes
 from jax_ds.deep_gemm import api, xla
 from jax_ds.quantization import (
     Quantized,
+    ScaleDtype,
     group_bounds,
     quantize_1x128,
     quantize_1x128_both,
     quantize_128x128,
     quantize_128x128_both,
 )
-from jax_ds.quantization.xla import ScaleDtype
 
 
 class LinearResiduals(NamedTuple):

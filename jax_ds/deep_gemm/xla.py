@@ -85,6 +85,8 @@ def grouped_wgrad(
 
     axes = varying_axes(dy, x, group_sizes, accumulate)
     total = jnp.zeros((num_groups, n, k), jnp.float32) if accumulate is None else accumulate
+    if p == 0:
+        return to_varying(total, axes)
     num_blocks = jnp.minimum(end, p) // BLOCK
     return jax.lax.fori_loop(0, num_blocks, add_block, to_varying(total, axes))
 

@@ -18,9 +18,11 @@ from jax_ds.quantization.groups import (
 )
 from jax_ds.quantization.types import Quantized
 from jax_ds.quantization.vjp import without_gradient
+from jax_ds.quantization.xla import ScaleDtype
 
 __all__ = [
     "Quantized",
+    "ScaleDtype",
     "check_group_sizes",
     "check_quantized",
     "dequantize",

@@ -1,0 +1,232 @@
+"""Every implementation of the products of quantized operands against the equations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_ds import deep_gemm
+from jax_ds.deep_gemm import reference
+from jax_ds.quantization import Quantized
+from tests.deep_gemm import cases
+from tests.deep_gemm.cases import GemmCase, GroupedCase
+
+IMPLEMENTATIONS = [
+    pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name
+    for name in cases.IMPLEMENTATIONS
+]
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+gemm_cases = pytest.mark.parametrize("case", cases.GEMM_CASES, ids=str)
+grouped_cases = pytest.mark.parametrize("case", cases.GROUPED_CASES, ids=str)
+masked_cases = pytest.mark.parametrize("case", cases.MASKED_CASES, ids=str)
+
+
+def _grouped_operands(case: GroupedCase) -> tuple[Quantized, Quantized]:
+    lhs = cases.quantized_rows(case, (case.m, case.k), 1)
+    rhs = cases.quantized_weights(case, (len(case.group_sizes), case.n, case.k), 2)
+    return cases.poisoned(lhs, np.arange(case.m) < sum(case.group_sizes)), rhs
+
+
+def _masked_operands(case: GroupedCase) -> tuple[Quantized, Quantized]:
+    groups = len(case.group_sizes)
+    lhs = cases.quantized_rows(case, (groups, case.m, case.k), 1)
+    rhs = cases.quantized_weights(case, (groups, case.n, case.k), 2)
+    used = np.arange(case.m)[None, :] < np.asarray(case.group_sizes)[:, None]
+    return cases.poisoned(lhs, used), rhs
+
+
+def _columns(case: GroupedCase) -> tuple[Quantized, Quantized]:
+    return cases.quantized_columns(case, case.n, 1), cases.quantized_columns(case, case.k, 2)
+
+
+@implementations
+@gemm_cases
+def test_gemm(case: GemmCase, implementation: str) -> None:
+    lhs = cases.quantized_rows(case, (case.m, case.k), 1)
+    rhs = cases.quantized_weights(case, (case.n, case.k), 2)
+
+    @jax.jit
+    def run(lhs: Quantized, rhs: Quantized) -> jax.Array:
+        return deep_gemm.fp8_gemm(lhs, rhs, out_dtype=case.out_dtype, implementation=implementation)
+
+    actual = run(lhs, rhs)
+    assert actual.dtype == case.out_dtype
+    cases.assert_close(actual, reference.gemm(*cases.arrays(lhs, rhs)), case.draw)
+    np.testing.assert_array_equal(actual, run(lhs, rhs))
+
+
+@implementations
+@grouped_cases
+def test_grouped_gemm(case: GroupedCase, implementation: str) -> None:
+    lhs, rhs = _grouped_operands(case)
+
+    @jax.jit
+    def run(lhs: Quantized, rhs: Quantized, sizes: jax.Array) -> jax.Array:
+        return deep_gemm.fp8_grouped_gemm(
+            lhs, rhs, sizes, out_dtype=case.out_dtype, implementation=implementation
+        )
+
+    actual = run(lhs, rhs, case.sizes)
+    expected = reference.grouped_gemm(*cases.arrays(lhs, rhs), case.group_sizes)
+    assert actual.dtype == case.out_dtype
+    cases.assert_close(actual, expected, case.draw)
+    assert not np.asarray(actual[sum(case.group_sizes) :]).any()
+    np.testing.assert_array_equal(actual, run(lhs, rhs, case.sizes))
+
+
+@implementations
+def test_grouped_gemm_without_zeroed_tail(implementation: str) -> None:
+    case = cases.GROUPED_CASES[0]
+    lhs, rhs = _grouped_operands(case)
+    actual = deep_gemm.fp8_grouped_gemm(
+        lhs, rhs, case.sizes, out_dtype=jnp.float32, zero_tail=False, implementation=implementation
+    )
+    used = sum(case.group_sizes)
+    expected = reference.grouped_gemm(*cases.arrays(lhs, rhs), case.group_sizes)
+    cases.assert_close(actual[:used], expected[:used])
+
+
+@implementations
+@masked_cases
+def test_masked_gemm(case: GroupedCase, implementation: str) -> None:
+    lhs, rhs = _masked_operands(case)
+
+    @jax.jit
+    def run(lhs: Quantized, rhs: Quantized, sizes: jax.Array) -> jax.Array:
+        return deep_gemm.fp8_masked_gemm(
+            lhs, rhs, sizes, out_dtype=case.out_dtype, implementation=implementation
+        )
+
+    actual = run(lhs, rhs, case.sizes)
+    expected = reference.masked_gemm(*cases.arrays(lhs, rhs), case.group_sizes)
+    assert actual.dtype == case.out_dtype
+    cases.assert_close(actual, expected, case.draw)
+    for g, size in enumerate(case.group_sizes):
+        assert not np.asarray(actual[g, size:]).any()
+
+
+@implementations
+@gemm_cases
+@pytest.mark.parametrize("accumulate", [False, True], ids=["fresh", "accumulate"])
+def test_wgrad(case: GemmCase, accumulate: bool, implementation: str) -> None:
+    dy, x = (
+        cases.quantized_rows(case, (width, case.m), seed)
+        for seed, width in ((1, case.n), (2, case.k))
+    )
+    expected = reference.gemm(*cases.arrays(dy, x))
+    total = None
+    if accumulate:
+        total = cases.random(case.draw, (case.n, case.k), 3, jnp.float32)
+        expected = expected + total
+    actual = deep_gemm.fp8_wgrad(dy, x, total, implementation=implementation)
+    assert actual.dtype == jnp.float32
+    cases.assert_close(actual, expected, case.draw)
+
+
+@implementations
+@grouped_cases
+@pytest.mark.parametrize("accumulate", [False, True], ids=["fresh", "accumulate"])
+def test_grouped_wgrad(case: GroupedCase, accumulate: bool, implementation: str) -> None:
+    dy, x = _columns(case)
+    expected = reference.grouped_wgrad(*cases.arrays(dy, x), case.group_sizes)
+    total = None
+    if accumulate:
+        total = cases.random(case.draw, expected.shape, 3, jnp.float32)
+        expected = expected + total
+
+    @jax.jit
+    def run(dy: Quantized, x: Quantized, sizes: jax.Array, total: jax.Array | None) -> jax.Array:
+        return deep_gemm.fp8_grouped_wgrad(dy, x, sizes, total, implementation=implementation)
+
+    actual = run(dy, x, case.sizes, total)
+    assert actual.dtype == jnp.float32
+    cases.assert_close(actual, expected, case.draw)
+    for g, size in enumerate(case.group_sizes):
+        if size == 0:
+            np.testing.assert_array_equal(actual[g], expected[g])
+
+
+@implementations
+def test_sizes_beyond_the_rows_are_cut_off(implementation: str) -> None:
+    """Known only on the device, they must not reach outside the arrays."""
+    case = GroupedCase("cut", (20, 10, 0), 30)
+    lhs, rhs = _grouped_operands(case)
+
+    @jax.jit
+    def run(sizes: jax.Array) -> jax.Array:
+        return deep_gemm.fp8_grouped_gemm(
+            lhs, rhs, sizes, out_dtype=jnp.float32, implementation=implementation
+        )
+
+    beyond = run(jnp.asarray([20, 2**31 - 1, 2**31 - 1], jnp.int32))
+    np.testing.assert_array_equal(beyond, run(case.sizes))
+    negative = run(jnp.asarray([20, -5, 10], jnp.int32))
+    np.testing.assert_array_equal(negative, run(jnp.asarray([20, 0, 10], jnp.int32)))
+
+
+PRODUCTS: dict[str, tuple[Callable[..., jax.Array], Callable[[GroupedCase], tuple[Any, ...]]]] = {
+    "fp8_grouped_gemm": (deep_gemm.fp8_grouped_gemm, _grouped_operands),
+    "fp8_masked_gemm": (deep_gemm.fp8_masked_gemm, _masked_operands),
+    "fp8_grouped_wgrad": (deep_gemm.fp8_grouped_wgrad, _columns),
+}
+products = pytest.mark.parametrize("name", PRODUCTS)
+PAIR = (GroupedCase("pair", (3, 30), 40), GroupedCase("pair", (40, 0), 40))
+
+
+def _pair(name: str) -> tuple[tuple[Any, ...], jax.Array]:
+    """The operands of two cases stacked, and their results side by side."""
+    product, make = PRODUCTS[name]
+    operands = [(*make(case), case.sizes) for case in PAIR]
+    expected = jnp.stack([product(*one, implementation="xla") for one in operands])
+    return jax.tree.map(lambda *a: jnp.stack(a), *operands), expected
+
+
+@implementations
+@products
+def test_vmap(name: str, implementation: str) -> None:
+    stacked, expected = _pair(name)
+
+    def run(*operands: Any) -> jax.Array:
+        return PRODUCTS[name][0](*operands, implementation=implementation)
+
+    actual = jax.jit(jax.vmap(run))(*stacked)
+    cases.assert_close(actual, np.asarray(expected, np.float32))
+
+
+@implementations
+@products
+@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no-vma"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_shard_map(name: str, kind: AxisType, check_vma: bool, implementation: str) -> None:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    stacked, expected = _pair(name)
+
+    def run(*operands: Any) -> jax.Array:
+        mine = jax.tree.map(lambda a: a[0], operands)
+        return PRODUCTS[name][0](*mine, implementation=implementation)[None]
+
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
+    )
+    actual = jax.jit(mapped)(*jax.device_put(stacked, NamedSharding(mesh, P("data"))))
+    cases.assert_close(actual, np.asarray(expected, np.float32))
+
+
+@implementations
+@products
+def test_gradient_is_refused(name: str, implementation: str) -> None:
+    product, make = PRODUCTS[name]
+    first, second = make(PAIR[0])
+
+    def loss(scales: jax.Array) -> jax.Array:
+        lhs = Quantized(first.values, scales)
+        return jnp.sum(product(lhs, second, PAIR[0].sizes, implementation=implementation))
+
+    message = f"{name}: not differentiable, .* use fp8_grouped_linear"
+    with pytest.raises(TypeError, match=message):
+        jax.grad(loss)(first.scales)
