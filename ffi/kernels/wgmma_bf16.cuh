@@ -31,6 +31,13 @@ JAX_DS_DEVICE u64 descriptor(u32 shared, u32 atom_stride = 16) {
          ((shared & 0x3ffff) >> 4);
 }
 
+// Descriptor of a K-major tile without swizzle: 8 rows x 16 bytes lie together, the next eight rows
+// 128 bytes on, the next eight elements of K `k_stride` bytes on.
+JAX_DS_DEVICE u64 descriptor_unswizzled(u32 shared, u32 k_stride) {
+  return static_cast<u64>(128 >> 4) << 32 | static_cast<u64>(k_stride >> 4) << 16 |
+         ((shared & 0x3ffff) >> 4);
+}
+
 enum class Major : int { kK = 0, kMN = 1 };
 
 struct Bf16 {};
@@ -43,8 +50,10 @@ struct F16 {};
 #define JAX_DS_D8 JAX_DS_EIGHT(0)
 #define JAX_DS_D12 JAX_DS_EIGHT(0), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
 #define JAX_DS_D16 JAX_DS_EIGHT(0), JAX_DS_EIGHT(8)
+#define JAX_DS_D24 JAX_DS_D16, JAX_DS_EIGHT(16)
 #define JAX_DS_D32 JAX_DS_D16, JAX_DS_EIGHT(16), JAX_DS_EIGHT(24)
 #define JAX_DS_D64 JAX_DS_D32, JAX_DS_EIGHT(32), JAX_DS_EIGHT(40), JAX_DS_EIGHT(48), JAX_DS_EIGHT(56)
+#define JAX_DS_D96 JAX_DS_D64, JAX_DS_EIGHT(64), JAX_DS_EIGHT(72), JAX_DS_EIGHT(80), JAX_DS_EIGHT(88)
 #define JAX_DS_D128                                                                       \
   JAX_DS_D32, JAX_DS_EIGHT(32), JAX_DS_EIGHT(40), JAX_DS_EIGHT(48), JAX_DS_EIGHT(56), JAX_DS_EIGHT(64),  \
       JAX_DS_EIGHT(72), JAX_DS_EIGHT(80), JAX_DS_EIGHT(88), JAX_DS_EIGHT(96), JAX_DS_EIGHT(104),         \
@@ -54,11 +63,15 @@ struct F16 {};
 #define JAX_DS_L8 JAX_DS_L4 ", %4, %5, %6, %7"
 #define JAX_DS_L12 JAX_DS_L8 ", %8, %9, %10, %11"
 #define JAX_DS_L16 JAX_DS_L12 ", %12, %13, %14, %15"
+#define JAX_DS_L24 JAX_DS_L16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define JAX_DS_L32                                                                              \
   JAX_DS_L16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define JAX_DS_L64                                                                              \
   JAX_DS_L32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
              ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define JAX_DS_L96                                                                              \
+  JAX_DS_L64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+             ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define JAX_DS_L128                                                                              \
   JAX_DS_L32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"  \
              ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"  \
@@ -100,11 +113,13 @@ struct F16 {};
   JAX_DS_WGMMA_SS(T, TYPE, 16, 8, 8, 9, 10, 11, 12)                  \
   JAX_DS_WGMMA_SS(T, TYPE, 24, 12, 12, 13, 14, 15, 16)               \
   JAX_DS_WGMMA_SS(T, TYPE, 32, 16, 16, 17, 18, 19, 20)               \
+  JAX_DS_WGMMA_SS(T, TYPE, 48, 24, 24, 25, 26, 27, 28)               \
   JAX_DS_WGMMA_SS(T, TYPE, 64, 32, 32, 33, 34, 35, 36)               \
   JAX_DS_WGMMA_SS(T, TYPE, 128, 64, 64, 65, 66, 67, 68)              \
   JAX_DS_WGMMA_SS(T, TYPE, 256, 128, 128, 129, 130, 131, 132)        \
   JAX_DS_WGMMA_RS(T, TYPE, 64, 32, 32, 33, 34, 35, 36, 37, 38)       \
-  JAX_DS_WGMMA_RS(T, TYPE, 128, 64, 64, 65, 66, 67, 68, 69, 70)
+  JAX_DS_WGMMA_RS(T, TYPE, 128, 64, 64, 65, 66, 67, 68, 69, 70)      \
+  JAX_DS_WGMMA_RS(T, TYPE, 192, 96, 96, 97, 98, 99, 100, 101, 102)
 
 JAX_DS_WGMMA_ALL(Bf16, "bf16")
 JAX_DS_WGMMA_ALL(F16, "f16")

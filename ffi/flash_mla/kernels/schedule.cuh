@@ -1,0 +1,172 @@
+// Sharing out the KV blocks of all requests to groups of CTAs, worked out by every CTA for itself
+// from seq_lens: no schedule is stored, no kernel runs before this one.
+//
+// Requests lie one after the other on a line; request b takes kOverhead positions and one more per
+// block. Group g gets [g * payload, (g + 1) * payload). A boundary inside a request splits it, unless
+// it falls within `tolerance` of the request's first or last block: then it moves to that end. All is
+// a pure function of the boundary, so both neighbours agree.
+#pragma once
+
+#include "flash_mla/kernels/params.h"
+#include "kernels/ptx.cuh"
+
+namespace jax_ds::flash_mla {
+
+struct Position {
+  int request;
+  int block;
+};
+
+// The work of one group, in shared memory.
+struct Schedule {
+  Position begin, end;  // end.request == B where the group runs to the end
+  int end_parts;        // parts of request end.request, if that one starts in this group
+};
+
+JAX_DS_DEVICE int warp_inclusive_sum(int value) {
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int below = __shfl_up_sync(0xffffffffu, value, offset);
+    if (lane_id() >= offset) value += below;
+  }
+  return value;
+}
+
+JAX_DS_DEVICE int warp_max(int value) { return __reduce_max_sync(0xffffffffu, value); }
+
+// Tokens of request b, kept inside what its row of the page table can name.
+JAX_DS_DEVICE int length_of(const DecodeParams& p, int b) {
+  return min(max(__ldg(p.seq_lens + b), 0), p.N * p.page_size);
+}
+
+JAX_DS_DEVICE int blocks_of(int length) { return (length + kBlock - 1) / kBlock; }
+
+// One warp. kOverhead: what starting a request costs, in blocks. kWholePercent: how much longer than
+// the even share a group may run if no request is split then.
+template <int kOverhead, int kWholePercent>
+struct Scheduler {
+  const DecodeParams& p;
+  int per_lane;   // requests a lane sums up
+  int before;     // positions before this lane's requests
+  int sum;        // positions of this lane's requests
+  int total, payload, tolerance, whole;
+
+  JAX_DS_DEVICE int cost(int b) const {
+    return b < p.B ? kOverhead + blocks_of(length_of(p, b)) : 0;
+  }
+
+  JAX_DS_DEVICE explicit Scheduler(const DecodeParams& params) : p(params) {
+    per_lane = (p.B + 31) / 32;
+    sum = 0;
+    int largest = 0;
+#pragma unroll 4
+    for (int i = 0; i < per_lane; ++i) {
+      const int c = cost(lane_id() * per_lane + i);
+      sum += c;
+      largest = max(largest, c);
+    }
+    const int inclusive = warp_inclusive_sum(sum);
+    before = inclusive - sum;
+    total = __shfl_sync(0xffffffffu, inclusive, 31);
+    largest = warp_max(largest);
+    payload = (total + p.num_groups - 1) / p.num_groups;
+    tolerance = payload >> 5;
+    whole = (p.B + p.num_groups - 1) / p.num_groups;
+    // Long division before multiplication: positions fit in 31 bits, their products need not.
+    if (whole * largest > payload + payload / 100 * kWholePercent + 1) whole = 0;
+  }
+
+  // Where the group whose first position is `boundary` starts. `parts`: of the request there.
+  JAX_DS_DEVICE Position locate(int boundary, int* parts) const {
+    *parts = 1;
+    if (boundary >= total) return {p.B, 0};
+    const u32 owners = __ballot_sync(0xffffffffu, before <= boundary && boundary < before + sum);
+    const int owner = __ffs(owners) - 1;
+    int start = __shfl_sync(0xffffffffu, before, owner);
+    for (int i = 0; i < per_lane; i += 32) {
+      const int b = owner * per_lane + i + lane_id();
+      const int c = i + lane_id() < per_lane ? cost(b) : 0;
+      const int inclusive = warp_inclusive_sum(c) + start;
+      const u32 past = __ballot_sync(0xffffffffu, inclusive > boundary);
+      if (past != 0) {
+        const int found = __ffs(past) - 1;
+        const int end = __shfl_sync(0xffffffffu, inclusive, found);
+        start = end - __shfl_sync(0xffffffffu, c, found);
+        return resolve(owner * per_lane + i + found, start, end, boundary, parts);
+      }
+      start = __shfl_sync(0xffffffffu, inclusive, 31);
+    }
+    return {p.B, 0};
+  }
+
+  JAX_DS_DEVICE Position resolve(int b, int start, int end, int boundary, int* parts) const {
+    const int low = start + kOverhead + tolerance;  // boundaries in (low, high) split the request
+    const int high = end - tolerance;
+    if (boundary <= low) return {b, 0};
+    if (boundary >= high) return {b + 1, 0};
+    *parts = 1 + (high - 1) / payload - low / payload;
+    return {b, boundary - start - kOverhead};
+  }
+
+  JAX_DS_DEVICE Schedule schedule(int group) const {
+    Schedule s;
+    s.end_parts = 1;
+    if (whole != 0) {
+      s.begin = {min(group * whole, p.B), 0};
+      s.end = {min((group + 1) * whole, p.B), 0};
+      return s;
+    }
+    int unused;
+    s.begin = locate(group * payload, &unused);
+    s.end = locate((group + 1) * payload, &s.end_parts);
+    return s;
+  }
+};
+
+// A request, or a run of its blocks, for one group.
+struct Item {
+  int request;
+  int length;       // tokens
+  int first, last;  // blocks [first, last)
+  bool split;
+  int part_slot;    // 0: continues an earlier group's request; 1: starts one
+
+  JAX_DS_DEVICE bool empty() const { return first == last; }
+};
+
+// Walks a group's items; every role of the kernel walks them alike.
+struct Items {
+  const DecodeParams& p;
+  const Schedule& schedule;  // in shared memory
+  int request;
+  int length;  // of `request`, read ahead
+
+  JAX_DS_DEVICE Items(const DecodeParams& params, const Schedule& s)
+      : p(params), schedule(s), request(s.begin.request), length(0) {
+    if (request < p.B) length = length_of(p, request);
+  }
+
+  JAX_DS_DEVICE bool next(Item& item) {
+    const Position end = schedule.end;
+    if (request >= p.B || request > end.request || (request == end.request && end.block == 0)) {
+      return false;
+    }
+    const int blocks = blocks_of(length);
+    item.request = request;
+    item.length = length;
+    item.first = request == schedule.begin.request ? schedule.begin.block : 0;
+    item.last = request == end.request ? end.block : blocks;
+    item.split = item.first != 0 || item.last != blocks;
+    item.part_slot = item.first == 0 ? 1 : 0;
+    ++request;
+    if (request < p.B) length = length_of(p, request);
+    return true;
+  }
+};
+
+// Tokens that row `row` of a request may look at (bottom-right causal mask; none for padding rows
+// beyond R is not needed: they are never stored).
+JAX_DS_DEVICE int visible_tokens(const DecodeParams& p, int length, int row) {
+  return p.causal ? min(length, length - p.S + row / p.H + 1) : length;
+}
+
+}  // namespace jax_ds::flash_mla

@@ -1,0 +1,99 @@
+// What both decode kernels need: the online softmax in base 2, page look-up, bookkeeping of parts.
+#pragma once
+
+#include "flash_mla/kernels/schedule.cuh"
+
+namespace jax_ds::flash_mla {
+
+inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
+inline constexpr float kLn2 = 0.693147180559945309f;
+// The reference point follows the maximum only once it lags by more than this (base 2): probabilities
+// then stay below 2^8, which costs no precision, and the output is seldom rescaled.
+inline constexpr float kLag = 8.0f;
+
+JAX_DS_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+JAX_DS_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+JAX_DS_DEVICE float power_of_two(u32 negative) { return __int_as_float((127 - negative) << 23); }
+
+// Moves `reference` up, to a whole number, if `largest` has left it behind. What was summed before
+// is then to be scaled by 2^-(returned value): exactly, and a byte tells others how much.
+JAX_DS_DEVICE u32 move_reference(float& reference, float largest) {
+  if (!(largest > reference + kLag)) return 0;
+  const float next = ceilf(largest);
+  // Where 126 is too little, what was summed before is lost in the rounding anyway.
+  const u32 shift = static_cast<u32>(fminf(next - reference, 126.0f));
+  reference = next;
+  return shift;
+}
+
+// A row that has seen nothing yet: -inf - -inf must not arise.
+JAX_DS_DEVICE float finite_reference(float reference) {
+  return reference == -kInfinity ? 0.0f : reference;
+}
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile of 128-byte rows, 128-byte swizzle.
+JAX_DS_DEVICE u32 swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// Where the blocks of an item begin, as rows of the cache seen as [P * page_size, 576]. A warp reads
+// 32 entries of the page table at a time and the next 32 ahead of their use. Only entries of pages
+// that hold tokens are read.
+struct PageRows {
+  const DecodeParams& p;
+  const int* table;
+  int base, last;
+  int current, next;  // rows of blocks base + lane and base + 32 + lane
+
+  JAX_DS_DEVICE PageRows(const DecodeParams& params, const Item& item)
+      : p(params), table(params.page_table + static_cast<i64>(item.request) * params.N),
+        base(item.first), last(item.last) {
+    current = fetch(base + lane_id());
+    next = fetch(base + 32 + lane_id());
+  }
+
+  JAX_DS_DEVICE int fetch(int block) const {
+    if (block >= last) return 0;
+    const int token = block * kBlock;
+    const int page = token / p.page_size;
+    return __ldg(table + page) * p.page_size + (token - page * p.page_size);
+  }
+
+  // For blocks base .. base + 63; called by a whole warp, in order.
+  JAX_DS_DEVICE int row(int block) {
+    if (block - base >= 32) {
+      base += 32;
+      current = next;
+      next = fetch(base + 32 + lane_id());
+    }
+    return __shfl_sync(0xffffffffu, current, block - base);
+  }
+
+  // The row of a block up to 32 past the last one asked of row().
+  JAX_DS_DEVICE int row_ahead(int block) const {
+    const int from = block - base < 32 ? current : next;
+    return __shfl_sync(0xffffffffu, from, (block - base) % 32);
+  }
+};
+
+// Tells the combining kernel how a request was shared out; its first part's group does.
+JAX_DS_DEVICE void note_parts(const DecodeParams& p, const Schedule& schedule, const Item& item,
+                              bool chosen, int group, int row_group) {
+  if (!chosen || item.first != 0 || row_group != 0) return;
+  p.parts[item.request] = {group, item.split ? schedule.end_parts : 1};
+}
+
+JAX_DS_DEVICE void note_parts(const DecodeParams& p, const Schedule& schedule, const Item& item,
+                              bool chosen) {
+  note_parts(p, schedule, item, chosen, static_cast<int>(blockIdx.x), 0);
+}
+
+}  // namespace jax_ds::flash_mla
