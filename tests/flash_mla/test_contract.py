@@ -88,6 +88,18 @@ def test_decode(case: DecodeCase, implementation: str) -> None:
 
 
 @implementations
+def test_a_live_nan_shows(implementation: str) -> None:
+    case = cases.DECODE_CASES[0]
+    q, kv_pages, page_table, seq_lens = cases.decode_inputs(case)
+    kv_pages = kv_pages.at[page_table[5, 1], 3].set(jnp.nan)
+    out, lse = flash_mla.decode(
+        q, kv_pages, page_table, seq_lens, return_lse=True, implementation=implementation
+    )
+    assert jnp.isnan(out[5]).all() and jnp.isnan(lse[5]).all()
+    assert not jnp.isnan(out[:5]).any() and not jnp.isnan(lse[:5]).any()
+
+
+@implementations
 @pytest.mark.parametrize("case", (cases.DECODE_CASES[1], cases.DECODE_CASES[2]), ids=str)
 def test_decode_vmap(case: DecodeCase, implementation: str) -> None:
     q, kv_pages, page_table, seq_lens = cases.decode_inputs(case)
@@ -159,6 +171,20 @@ def test_append(dtype: Any, implementation: str) -> None:
     expected = reference.append(kv_pages, kv, page_table, seq_lens)
     assert actual.dtype == dtype
     np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(expected, np.float32))
+
+
+@implementations
+def test_append_drops_what_has_no_slot(implementation: str) -> None:
+    kv_pages = jnp.zeros((4, 64, 576), jnp.bfloat16)
+    row = jnp.arange(1, 16, dtype=jnp.bfloat16).reshape(5, 3, 1)
+    kv = jnp.broadcast_to(row, (5, 3, 576))
+    # No spare column: a position before the first must not wrap to the last page, nor page -1.
+    page_table = jnp.array([[1], [2], [-1], [4], [3]], jnp.int32)
+    seq_lens = jnp.array([1, 0, 5, 5, 66], jnp.int32)
+    out = flash_mla.append(kv_pages, kv, page_table, seq_lens, implementation=implementation)
+    # Of the last sequence's positions 63 to 65, the table reaches only the first.
+    expected = kv_pages.at[1, 0].set(kv[0, 2]).at[3, 63].set(kv[4, 0])
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(expected, np.float32))
 
 
 @implementations
