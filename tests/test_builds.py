@@ -109,16 +109,23 @@ def test_both_builds_carry_the_python_package(bazel: dict[str, dict[str, Any]]) 
     assert project["tool"]["scikit-build"]["wheel"]["packages"] == ["jax_ds"]
 
 
+def _list_in_build(name: str) -> set[str]:
+    found = re.search(rf"^{name} = \[(.*?)\]", (ROOT / "BUILD").read_text(), re.M | re.S)
+    assert found
+    return set(re.findall(r'"(.+?)"', found[1]))
+
+
 def test_bazel_runs_the_test_files(bazel: dict[str, dict[str, Any]]) -> None:
     run = {rule["src"] for rule in bazel.values() if rule["kind"] == "pytest_test"}
-    elsewhere = _files("tests/gpu/**/*.py") | {"tests/test_builds.py"}
-    assert run == _files("tests/**/test_*.py") - elsewhere
+    checkout = _list_in_build("CHECKOUT")
+    assert run == _files("tests/**/test_*.py") - _files("tests/gpu/**/*.py") - checkout
+    assert all(re.fullmatch(r"tests/test_\w+\.py", file) for file in checkout)
 
 
-def test_slow_bazel_tests_exist(bazel: dict[str, dict[str, Any]]) -> None:
-    slow = re.search(r"^SLOW = \[(.*?)\]", (ROOT / "BUILD").read_text(), re.M | re.S)
-    assert slow
-    assert set(re.findall(r'"(.+?)"', slow[1])) <= _files("tests/**/test_*.py")
+def test_lists_of_bazel_tests_name_files() -> None:
+    files = _files("tests/**/test_*.py")
+    assert _list_in_build("SLOW") <= files
+    assert _list_in_build("CHECKOUT") <= files
 
 
 def test_versions_agree() -> None:

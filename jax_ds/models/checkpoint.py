@@ -30,7 +30,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             try:
-                np.savez(file, **flat)
+                np.savez(file, allow_pickle=False, **flat)
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(file.name, path)

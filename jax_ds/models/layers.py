@@ -100,4 +100,5 @@ def attention(
         scale=SOFTMAX_SCALE,
         implementation=config.implementation,
     )
+    assert not isinstance(out, tuple)
     return project(config, out.reshape(*out.shape[:2], -1), params.out)

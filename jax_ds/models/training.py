@@ -15,7 +15,7 @@ from jax_ds._runtime.varying import to_varying
 from jax_ds.models.config import ModelConfig
 from jax_ds.models.model import forward
 from jax_ds.models.params import ModelParams, init_params, param_specs
-from jax_ds.moe import update_bias
+from jax_ds.moe import MoEParams, update_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,8 @@ def state_specs(model: ModelConfig, train: TrainConfig) -> TrainState:
         specs,
         transform_non_params=lambda _: PartitionSpec(),
     )
-    return TrainState(PartitionSpec(), specs, moments)
+    step: Any = PartitionSpec()
+    return TrainState(step, specs, moments)
 
 
 def make_train_step(
@@ -177,6 +178,7 @@ def _flat_specs(specs: ModelParams) -> list[PartitionSpec]:
 
 def _balance(params: ModelParams, load: Int32[Array, "L E"], rate: float) -> ModelParams:
     moe = params.moe_layers.mlp
+    assert isinstance(moe, MoEParams)
     moe = moe._replace(bias=update_bias(moe.bias, load, rate=rate))
     return params._replace(moe_layers=params.moe_layers._replace(mlp=moe))
 

@@ -1,7 +1,7 @@
 """The expert-parallel mixture-of-experts layer, made of deep_ep, deep_gemm and quantization."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,7 @@ def moe_layer(
     Source: DeepSeek-V3 technical report, sections 2.1.2, 3.2 and 3.3 (arXiv:2412.19437).
     """
     _check_layer(x, params, axis_name, capacity_factor, precision)
+    _check_quantized(params, precision, low_latency)
     num_experts = params.router.shape[0]
     # The router stays in float32: a rounded logit changes the choice.
     logits = jnp.einsum(
@@ -134,7 +135,8 @@ def moe_layer(
             implementation=implementation,
         )
         run = fp8_experts if precision == "fp8" else experts.bf16_experts
-        routed = run(config, x, weights, params.gate_up, params.down, plan)
+        gate_up, down = cast(tuple[Array, Array], (params.gate_up, params.down))
+        routed = run(config, x, weights, gate_up, down, plan)
         dropped = plan.num_dropped
     shared = _shared_expert(x, params, precision, implementation)
     y = routed if shared is None else routed + shared
@@ -208,3 +210,11 @@ def _check_layer(
         "must be positive",
         capacity_factor,
     )
+
+
+def _check_quantized(params: MoEParams, precision: Precision, low_latency: bool) -> None:
+    for name in ("gate_up", "down"):
+        if isinstance(getattr(params, name), Quantized):
+            rule = "may be Quantized with precision='fp8' and low_latency=True only"
+            got = f"precision={precision!r}, low_latency={low_latency}"
+            check(precision == "fp8" and low_latency, f"params.{name}", rule, got)

@@ -82,6 +82,8 @@ def low_latency(
         act = jax.tree.map(lambda leaf: leaf.reshape(*hidden.shape[:2], -1), act)
         out = deep_gemm.fp8_masked_gemm(act, _quantized(down, impl), sizes, implementation=impl)
     else:
+        assert not isinstance(gate_up, Quantized)
+        assert not isinstance(down, Quantized)
         hidden = jnp.einsum("emk,enk->emn", rows, gate_up.astype(x.dtype))
         out = jnp.einsum("emk,enk->emn", swiglu(hidden), down.astype(x.dtype))
     return deep_ep.low_latency_combine(out, handle, weights, implementation=impl)

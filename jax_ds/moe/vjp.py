@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +97,7 @@ def _bwd(
     grouped = functools.partial(deep_gemm.fp8_grouped_gemm, group_sizes=sizes, implementation=impl)
     wgrad = functools.partial(deep_gemm.fp8_grouped_wgrad, group_sizes=sizes, implementation=impl)
     # Each row's share of g travels in bfloat16, as in DeepSeek-V3.
-    combine = functools.partial(deep_ep.combine, **config.exchange)
+    combine: Callable[..., Any] = functools.partial(deep_ep.combine, **config.exchange)
     _, combine_vjp = jax.vjp(lambda out, w: combine(out, plan, w), saved.out, saved.weights)
     d_out, d_weights = combine_vjp(g)
 
