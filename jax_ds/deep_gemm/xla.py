@@ -266,6 +266,8 @@ def _product(
 
     total = jnp.zeros((lhs.shape[0], rhs.shape[0]), jnp.float32)
     total = to_varying(total, varying_axes(lhs, lhs_scales, rhs, rhs_scales))
+    if num_blocks == 0:
+        return total
     return jax.lax.fori_loop(0, num_blocks, add_block, total, unroll=_UNROLL)
 
 
