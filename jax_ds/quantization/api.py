@@ -322,4 +322,9 @@ def _check_num_rows(argument: str, x: Array, num_rows: Array | None) -> None:
         return
     check_rank(argument, x, 2)
     check_dtype("num_rows", num_rows, jnp.int32)
-    check_shape("num_rows", num_rows, (), "")
+    check(
+        num_rows.shape == (),
+        "num_rows",
+        "must be a scalar",
+        f"shape {format_shape(num_rows.shape)}",
+    )
