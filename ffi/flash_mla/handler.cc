@@ -7,7 +7,7 @@
 namespace jax_ds::flash_mla {
 
 Room GetRoom() {
-  return {"flash_mla", {PrefillStateType()}, {PrefillTarget()}, AllPrefillKernels()};
+  return {"flash_mla", PrefillStateTypes(), PrefillTargets(), AllPrefillKernels()};
 }
 
 }  // namespace jax_ds::flash_mla

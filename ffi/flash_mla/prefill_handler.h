@@ -4,8 +4,8 @@
 
 namespace jax_ds::flash_mla {
 
-// The state and the target jax_ds_flash_mla_prefill.
-StateType PrefillStateType();
-Target PrefillTarget();
+// States and targets of jax_ds_flash_mla_prefill and jax_ds_flash_mla_prefill_backward.
+std::vector<StateType> PrefillStateTypes();
+std::vector<Target> PrefillTargets();
 
 }  // namespace jax_ds::flash_mla

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "flash_mla/kernels/prefill_backward_config.h"
 #include "flash_mla/kernels/prefill_config.h"
 #include "jit/spec.h"
 #include "support/status.h"
@@ -16,12 +17,23 @@ ErrorOr<PrefillConfig> PlanPrefill(int64_t qk_dim, int64_t rope, int64_t v_dim, 
 
 jit::KernelSpec PrefillSpec(const PrefillConfig& config);
 
-// Sizes of a call; `multiprocessors` of the device it runs on.
+// The two kernels of the gradient, for the same head sizes.
+struct PrefillBackwardPlan {
+  PrefillBackwardConfig dq, dkv;
+};
+ErrorOr<PrefillBackwardPlan> PlanPrefillBackward(int64_t qk_dim, int64_t rope, int64_t v_dim,
+                                                 bool causal);
+
+jit::KernelSpec DqSpec(const PrefillBackwardConfig& config);
+jit::KernelSpec DkvSpec(const PrefillBackwardConfig& config);
+
+// How to launch any of them over tiles of 128 `rows` of each head, on a device of so many
+// multiprocessors.
 struct PrefillLaunch {
   int section;  // pairs of batch and head whose tiles are walked together
   unsigned int grid;
 };
-ErrorOr<PrefillLaunch> LaunchPrefill(int64_t batch, int64_t heads, int64_t queries,
+ErrorOr<PrefillLaunch> LaunchPrefill(int64_t batch, int64_t heads, int64_t rows,
                                      int multiprocessors);
 
 std::vector<jit::KernelSpec> AllPrefillKernels();

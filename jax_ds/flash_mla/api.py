@@ -240,12 +240,14 @@ def _prefill_forward(config: PrefillConfig, *operands: Any) -> Any:
 
 
 def _prefill_backward(config: PrefillConfig, *operands: Any) -> Any:
+    q, _, v, k_rope, cu_seqlens_q, *_ = operands
     return choose(
         "flash_mla.prefill's gradient",
         config.implementation,
         operands,
         xla=functools.partial(xla.prefill_backward, config),
-        cuda=None,
+        cuda=functools.partial(ffi.prefill_backward, config),
+        unsupported=ffi.prefill_unsupported(q, v, k_rope, cu_seqlens_q),
     )
 
 

@@ -10,16 +10,12 @@
 // backwards, so that only the first ones are masked.
 #pragma once
 
+#include "flash_mla/kernels/prefill_common.cuh"
 #include "flash_mla/kernels/prefill_config.h"
-#include "kernels/pipeline.cuh"
-#include "kernels/tma.cuh"
-#include "kernels/wgmma_bf16.cuh"
 
 namespace jax_ds::flash_mla {
 
-inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
-
-// ---- shared storage ----------------------------------------------------------------------------
+// ---- shared storage -----------------------------------------------------------------------------
 
 // Tiles are held as slabs of 64 columns: rows of 128 bytes, swizzled.
 template <PrefillConfig kConfig>
@@ -44,42 +40,26 @@ constexpr bool prefill_legal() {
   return true;
 }
 
-// ---- schedule ----------------------------------------------------------------------------------
+// ---- schedule -----------------------------------------------------------------------------------
 
-struct PrefillTile {
-  int batch;
-  int head;
-  int row;     // first query
-  int blocks;  // tiles of keys that any of its queries sees
-};
-
-// The tile of this CTA in round `round`, false after the last. The longest tiles of a section come
-// first, neighbouring heads together; every other round deals the CTAs their tiles in reverse, so
-// that none gets the longer one every time.
+// This CTA's tile of queries in round `round`.
 template <PrefillConfig kConfig>
-JAX_DS_DEVICE bool prefill_tile(const PrefillParams& p, int round, PrefillTile& tile) {
-  const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-  const int index = round * gridDim.x + place;
-  const int row_tiles = (p.queries + kPrefillBlockM - 1) / kPrefillBlockM;
-  const int heads = p.batch * p.heads;
-  if (index >= heads * row_tiles) return false;
-  const int first = index / (p.section * row_tiles) * p.section;
-  const int inside = index - first * row_tiles;
-  const int width = min(p.section, heads - first);
-  const int head = first + inside % width;
-  tile.batch = head / p.heads;
-  tile.head = head % p.heads;
-  tile.row = (row_tiles - 1 - inside / width) * kPrefillBlockM;
+JAX_DS_DEVICE bool prefill_tile(const PrefillParams& p, int round, HeadTile& tile) {
+  return head_tile(round, p.batch, p.heads, p.queries, p.section, kConfig.causal, tile);
+}
+
+// Tiles of keys that any query of the tile sees.
+template <PrefillConfig kConfig>
+JAX_DS_DEVICE int prefill_blocks(const PrefillParams& p, const HeadTile& tile) {
   int keys = p.keys;
   if (kConfig.causal) {
     const int rows_end = min(tile.row + kPrefillBlockM, p.queries);
     keys = max(0, min(keys, rows_end + p.keys - p.queries));
   }
-  tile.blocks = (keys + kConfig.block_n - 1) / kConfig.block_n;
-  return true;
+  return (keys + kConfig.block_n - 1) / kConfig.block_n;
 }
 
-// ---- producer: one thread ----------------------------------------------------------------------
+// ---- producer: one thread -----------------------------------------------------------------------
 
 template <PrefillConfig kConfig>
 JAX_DS_DEVICE void prefill_produce(const PrefillParams& p, PrefillStorage<kConfig>& s) {
@@ -87,42 +67,35 @@ JAX_DS_DEVICE void prefill_produce(const PrefillParams& p, PrefillStorage<kConfi
   constexpr int kOwnSlabs = (kConfig.qk_dim - kConfig.rope) / 64;
   Pipeline<1> q_ring(s.q_ring);
   Pipeline<kConfig.stages> k_ring(s.k_ring), v_ring(s.v_ring);
-  PrefillTile tile;
+  HeadTile tile;
   for (int round = 0; prefill_tile<kConfig>(p, round, tile); ++round) {
     const int kv_head = tile.head / (p.heads / p.kv_heads);
     auto load_keys = [&](int block) {
       k_ring.acquire();
       k_ring.commit(sizeof(s.k[0]));
-#pragma unroll
-      for (int slab = 0; slab < kConfig.qk_dim / 64; ++slab) {
-        const bool shared = slab >= kOwnSlabs;
-        tma_load_4d(s.k[k_ring.slot()][slab], shared ? &p.k_rope : &p.k, k_ring.full(),
-                    (shared ? slab - kOwnSlabs : slab) * 64, shared ? 0 : kv_head, block * kN,
-                    tile.batch);
-      }
+      load_slabs<kN>(s.k[k_ring.slot()][0], &p.k, k_ring.full(), kOwnSlabs, kv_head, block * kN,
+                     tile.batch);
+      load_slabs<kN>(s.k[k_ring.slot()][kOwnSlabs], &p.k_rope, k_ring.full(), kConfig.rope / 64, 0,
+                     block * kN, tile.batch);
       k_ring.advance();
     };
     auto load_values = [&](int block) {
       v_ring.acquire();
       v_ring.commit(sizeof(s.v[0]));
-#pragma unroll
-      for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
-        tma_load_4d(s.v[v_ring.slot()][slab], &p.v, v_ring.full(), slab * 64, kv_head, block * kN,
-                    tile.batch);
-      }
+      load_slabs<kN>(s.v[v_ring.slot()][0], &p.v, v_ring.full(), kConfig.v_dim / 64, kv_head,
+                     block * kN, tile.batch);
       v_ring.advance();
     };
-    if (tile.blocks == 0) continue;  // the consumers write zeros
+    const int blocks = prefill_blocks<kConfig>(p, tile);
+    if (blocks == 0) continue;  // the consumers write zeros
     q_ring.acquire();
     q_ring.commit(sizeof(s.q));
-#pragma unroll
-    for (int slab = 0; slab < kConfig.qk_dim / 64; ++slab) {
-      tma_load_4d(s.q[slab], &p.q, q_ring.full(), slab * 64, tile.head, tile.row, tile.batch);
-    }
+    load_slabs<kPrefillBlockM>(s.q[0], &p.q, q_ring.full(), kConfig.qk_dim / 64, tile.head,
+                               tile.row, tile.batch);
     q_ring.advance();
     // In the order of use: the scores of a block come before the values of the one before it.
-    load_keys(tile.blocks - 1);
-    for (int block = tile.blocks - 2; block >= 0; --block) {
+    load_keys(blocks - 1);
+    for (int block = blocks - 2; block >= 0; --block) {
       load_keys(block);
       load_values(block + 1);
     }
@@ -130,8 +103,7 @@ JAX_DS_DEVICE void prefill_produce(const PrefillParams& p, PrefillStorage<kConfi
   }
 }
 
-// ---- softmax of a warpgroup's 64 queries
-// ---------------------------------------------------------
+// ---- softmax of a warpgroup's 64 queries --------------------------------------------------------
 
 // Of the two rows r and r + 8 that this thread shares with the other three of its quad.
 template <int kColumns>
@@ -185,37 +157,7 @@ struct OnlineSoftmax {
   }
 };
 
-// ---- consumer: one math warpgroup
-// ----------------------------------------------------------------
-
-// scores = q k^T, asynchronous, one group.
-template <PrefillConfig kConfig>
-JAX_DS_DEVICE void prefill_scores(float (&scores)[kConfig.block_n / 2], u32 q, u32 k) {
-  using namespace wgmma;
-  fence();
-#pragma unroll
-  for (int i = 0; i < kConfig.qk_dim / 16; ++i) {
-    const u32 slab = i / 4, within = i % 4 * 32;
-    mma<Major::kK, Major::kK>(
-        Bf16{}, scores, descriptor(q + slab * PrefillStorage<kConfig>::kQSlab + within),
-        descriptor(k + slab * PrefillStorage<kConfig>::kKeySlab + within), i > 0);
-  }
-  commit_group();
-}
-
-// out += probabilities * v, asynchronous, one group.
-template <PrefillConfig kConfig>
-JAX_DS_DEVICE void prefill_output(float (&out)[kConfig.v_dim / 2],
-                                  const u32 (&probabilities)[kConfig.block_n / 16][4], u32 v) {
-  using namespace wgmma;
-  fence();
-#pragma unroll
-  for (int i = 0; i < kConfig.block_n / 16; ++i) {
-    mma<Major::kMN>(Bf16{}, out, probabilities[i],
-                    descriptor(v + i * 2048, PrefillStorage<kConfig>::kKeySlab), true);
-  }
-  commit_group();
-}
+// ---- consumer: one math warpgroup ---------------------------------------------------------------
 
 // Hides what the mask hides: keys past `limit[half]`, the number of keys the row sees.
 template <int kColumns>
@@ -227,38 +169,6 @@ JAX_DS_DEVICE void prefill_mask(float (&scores)[kColumns / 2], int first_key,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (column + 8 * j + i % 2 >= limit[i / 2]) scores[4 * j + i] = -kInfinity;
-    }
-  }
-}
-
-// Writes a warp's 16 rows, 64 columns at a time, turned around in shared memory so that a row
-// leaves in pieces of 16 bytes.
-template <PrefillConfig kConfig>
-JAX_DS_DEVICE void prefill_store(const PrefillParams& p, const PrefillTile& tile, int row,
-                                 const float (&out)[kConfig.v_dim / 2], u32 staging) {
-  const u32 lane = lane_id();
-#pragma unroll
-  for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float* d = out + slab * 32 + j * 8;
-      const u32 r = lane % 16, chunk = (2 * j + lane / 16) ^ (r % 8);
-      stmatrix_x4(staging + r * 128 + chunk * 16, cvt_bf16x2(d[0], d[1]), cvt_bf16x2(d[2], d[3]),
-                  cvt_bf16x2(d[4], d[5]), cvt_bf16x2(d[6], d[7]));
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = i * 4 + lane / 8, chunk = lane % 8;
-      if (row + r < p.queries) {
-        const i64 at =
-            ((static_cast<i64>(tile.batch) * p.queries + row + r) * p.heads + tile.head) *
-                kConfig.v_dim +
-            slab * 64 + chunk * 8;
-        st_global_v4(static_cast<u16*>(p.out) + at,
-                     ld_shared_v4(staging + r * 128 + (chunk ^ (r % 8)) * 16));
-      }
     }
   }
 }
@@ -275,12 +185,13 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
 
   Pipeline<1> q_ring(s.q_ring);
   Pipeline<kConfig.stages> k_ring(s.k_ring), v_ring(s.v_ring);
-  PrefillTile tile;
+  HeadTile tile;
   for (int round = 0; prefill_tile<kConfig>(p, round, tile); ++round) {
     const int row = tile.row + group * 64 + warp % 4 * 16;
+    const int blocks = prefill_blocks<kConfig>(p, tile);
     float out[kConfig.v_dim / 2] = {};
     OnlineSoftmax<kN> softmax;
-    if (tile.blocks > 0) {
+    if (blocks > 0) {
       int limit[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -300,31 +211,32 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
       float scores[kN / 2];
       u32 probabilities[kN / 16][4];
       float shrink[2];
-      auto pack = [&] {
-#pragma unroll
-        for (int j = 0; j < kN / 4; ++j) {
-          probabilities[j / 4][j % 4] = cvt_bf16x2(scores[2 * j], scores[2 * j + 1]);
-        }
+      auto multiply_keys = [&] {
+        multiply_slabs<kConfig.qk_dim, kPrefillBlockM, kN>(scores, q,
+                                                           shared_address(s.k[k_ring.slot()]));
+      };
+      auto multiply_values = [&] {
+        accumulate_slabs<kN>(out, probabilities, shared_address(s.v[v_ring.slot()]));
       };
 
       q_ring.wait();
       k_ring.wait();
       if constexpr (kConfig.ordered) bar_sync(1 + group, 256);
-      prefill_scores<kConfig>(scores, q, shared_address(s.k[k_ring.slot()]));
+      multiply_keys();
       if constexpr (kConfig.ordered) bar_arrive(1 + (group ^ 1), 256);
       wgmma::wait_group<0>();
       if (releases) k_ring.release();
       k_ring.advance();
-      prefill_mask<kN>(scores, (tile.blocks - 1) * kN, limit);
+      prefill_mask<kN>(scores, (blocks - 1) * kN, limit);
       softmax.absorb(scores, p.scale_log2, shrink);
-      pack();
+      pack_operand(scores, probabilities);
 
-      for (int block = tile.blocks - 2; block >= 0; --block) {
+      for (int block = blocks - 2; block >= 0; --block) {
         k_ring.wait();
         if constexpr (kConfig.ordered) bar_sync(1 + group, 256);
-        prefill_scores<kConfig>(scores, q, shared_address(s.k[k_ring.slot()]));
+        multiply_keys();
         v_ring.wait();
-        prefill_output<kConfig>(out, probabilities, shared_address(s.v[v_ring.slot()]));
+        multiply_values();
         if constexpr (kConfig.ordered) bar_arrive(1 + (group ^ 1), 256);
         wgmma::wait_group<1>();
         if (releases) k_ring.release();
@@ -334,7 +246,7 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
         wgmma::wait_group<0>();
         if (releases) v_ring.release();
         v_ring.advance();
-        pack();
+        pack_operand(scores, probabilities);
         if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
           for (int j = 0; j < kConfig.v_dim / 2; ++j) out[j] *= shrink[j / 2 % 2];
@@ -345,7 +257,7 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
       q_ring.advance();
 
       v_ring.wait();
-      prefill_output<kConfig>(out, probabilities, shared_address(s.v[v_ring.slot()]));
+      multiply_values();
       wgmma::wait_group<0>();
       if (releases) v_ring.release();
       v_ring.advance();
@@ -364,14 +276,21 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
         const i64 at = (static_cast<i64>(tile.batch) * p.queries + i) * p.heads + tile.head;
         p.lse[at] = softmax.reference[half] == -kInfinity
                         ? -kInfinity
-                        : (softmax.reference[half] + lg2(softmax.sum[half])) * 0.6931471805599453f;
+                        : (softmax.reference[half] + lg2(softmax.sum[half])) * kLn2;
       }
     }
-    prefill_store<kConfig>(p, tile, row, out, staging);
+    const i64 stride = static_cast<i64>(p.heads) * kConfig.v_dim;
+    u16* rows = static_cast<u16*>(p.out) +
+                (static_cast<i64>(tile.batch) * p.queries + row) * stride +
+                tile.head * kConfig.v_dim;
+#pragma unroll
+    for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
+      store_slab(out, slab, staging, rows + slab * 64, stride, p.queries - row);
+    }
   }
 }
 
-// ---- entry -------------------------------------------------------------------------------------
+// ---- entry --------------------------------------------------------------------------------------
 
 template <PrefillConfig kConfig>
 __global__ void __launch_bounds__(kPrefillThreads, 1)
