@@ -54,7 +54,7 @@ GPU_EXTRA = $(shell if ldconfig -p 2>/dev/null | grep -q 'libcuda\.so\.1'; then 
 
 .PHONY: help
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*##  */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*##  */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 23
 
 $(VENV)/.installed: pyproject.toml
 	@python=$$($(find_python)); "$$python" -m venv $(VENV)
@@ -88,8 +88,12 @@ setup: $(VENV)/.installed $(NATIVE)  ## make .venv and build the native module
 demo: setup  ## train a small DeepSeek-V3 on text and decode from it; ARGS="--steps 50 --precision bf16"
 	$(PY) examples/train_deepseek_v3.py $(ARGS)
 
+# Two at a time with `make -j2 -O test`.
 .PHONY: test
-test: setup test-native test-newest  ## all CPU tests: pytest on the oldest and newest jax, and native ones
+test: test-oldest test-newest test-native  ## all CPU tests: pytest on the oldest and newest jax, and native ones
+
+.PHONY: test-oldest
+test-oldest: setup  ## pytest on the oldest supported jax
 	$(ON_CPU) $(PY) $(PYTEST) $(ARGS)
 
 .PHONY: test-fast

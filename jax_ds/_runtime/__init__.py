@@ -1,1 +1,1 @@
-"""How public functions reach an implementation: the chooser, the custom-call site, the native module."""
+"""How public functions reach an implementation: chooser, custom-call site, native module."""

@@ -15,7 +15,7 @@ _HOPPER = (9, 0)
 
 
 class _Registration:
-    """Does its work once, whichever thread asks first; a failure is tried again when asked again."""
+    """Does its work once, whichever thread asks first; after a failure, again when asked again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,7 +53,7 @@ _registration = _Registration()
 
 
 def module() -> ModuleType:
-    """The native module, set up for this process; RuntimeError with the cure where it is missing."""
+    """The native module, set up for this process; RuntimeError with the cure where it's missing."""
     try:
         return _registration.module()
     except ImportError as error:

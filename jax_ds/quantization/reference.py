@@ -11,7 +11,9 @@ import numpy as np
 Pair = tuple[np.ndarray, np.ndarray]
 
 
-def quantize_block(block: np.ndarray, scale_dtype: str = "float32") -> tuple[np.ndarray, np.float32]:
+def quantize_block(
+    block: np.ndarray, scale_dtype: str = "float32"
+) -> tuple[np.ndarray, np.float32]:
     """One block of any shape to its e4m3 values and its scale."""
     block = np.asarray(block, np.float32)
     amax = np.max(np.abs(block), initial=np.float32(0))
