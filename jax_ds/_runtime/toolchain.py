@@ -20,7 +20,7 @@ def nvrtc_candidates() -> list[str]:
 
 
 def kernel_sources() -> pathlib.Path:
-    """The folder that mirrors `ffi/`: package data of an installed jax_ds, or the checkout itself."""
+    """The folder that mirrors `ffi/`: package data when installed, the checkout's own otherwise."""
     package = pathlib.Path(__file__).resolve().parents[1]
     installed = package / "_kernels"
     return installed if installed.is_dir() else package.parent / "ffi"
