@@ -24,9 +24,7 @@ ErrorOr<const Nvrtc*> Compiler::nvrtc() {
 std::string Compiler::KeyOf(const KernelSpec& spec, const Source& source) {
   // Every part is preceded by its length: no two different lists of parts give one string.
   std::string all;
-  auto add = [&all](const std::string& part) {
-    all += std::to_string(part.size()) + ':' + part;
-  };
+  auto add = [&all](const std::string& part) { all += std::to_string(part.size()) + ':' + part; };
   add(CompilerIdentity());
   for (const std::string& option : DefaultOptions()) add(option);
   add("|");
@@ -93,8 +91,7 @@ ErrorOr<std::shared_ptr<const Kernel>> Compiler::Get(const KernelSpec& spec) {
       std::lock_guard<std::mutex> lock(mutex_);
       kernels_.erase(key);
     }
-    promise.set_value(compiled.has_error() ? Result(compiled.error())
-                                           : Result(compiled->kernel));
+    promise.set_value(compiled.has_error() ? Result(compiled.error()) : Result(compiled->kernel));
   }
   return future.get();
 }

@@ -11,9 +11,16 @@ struct Configured {
   cuda::LaunchConfig config;
 
   Configured(const Kernel& kernel, cuda::Stream stream, const LaunchShape& shape)
-      : config{shape.grid.x,  shape.grid.y,  shape.grid.z,
-               shape.block.x, shape.block.y, shape.block.z,
-               static_cast<unsigned int>(kernel.spec().shared_bytes), stream, attributes, 0} {
+      : config{shape.grid.x,
+               shape.grid.y,
+               shape.grid.z,
+               shape.block.x,
+               shape.block.y,
+               shape.block.z,
+               static_cast<unsigned int>(kernel.spec().shared_bytes),
+               stream,
+               attributes,
+               0} {
     if (shape.cluster.x * shape.cluster.y * shape.cluster.z > 1) {
       cuda::LaunchAttribute& a = attributes[config.num_attributes++];
       a.id = cuda::kClusterDimension;
@@ -47,9 +54,8 @@ ErrorOr<int> MaxActiveClusters(const Kernel& kernel, int ordinal, const LaunchSh
   Configured launch(kernel, nullptr, shape);
   int clusters = 0;
   JAX_DS_RETURN_IF_ERROR(driver->WithContext(ordinal, [&] {
-    return driver->Check(
-        driver->cuOccupancyMaxActiveClusters(&clusters, function, &launch.config),
-        "cuOccupancyMaxActiveClusters");
+    return driver->Check(driver->cuOccupancyMaxActiveClusters(&clusters, function, &launch.config),
+                         "cuOccupancyMaxActiveClusters");
   }));
   return clusters;
 }

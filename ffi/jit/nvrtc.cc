@@ -28,9 +28,9 @@ std::vector<std::string> BuiltinsBeside(const std::string& library) {
 }  // namespace
 
 const std::vector<std::string>& DefaultOptions() {
-  static const auto* const options = new std::vector<std::string>{
-      "--gpu-architecture=sm_90a", "-std=c++20", "-default-device", "-rdc=false",
-      "--ptxas-options=-v"};
+  static const auto* const options =
+      new std::vector<std::string>{"--gpu-architecture=sm_90a", "-std=c++20", "-default-device",
+                                   "-rdc=false", "--ptxas-options=-v"};
   return *options;
 }
 
@@ -43,7 +43,8 @@ ErrorOr<Nvrtc> Nvrtc::Open(const std::vector<std::string>& candidates) {
   }
   JAX_DS_ASSIGN_OR_RETURN(
       SharedLibrary library,
-      SharedLibrary::Open(candidates, "NVRTC, the CUDA run-time compiler (libnvrtc.so.13),", kCure));
+      SharedLibrary::Open(candidates, "NVRTC, the CUDA run-time compiler (libnvrtc.so.13),",
+                          kCure));
   Nvrtc n;
   n.path_ = library.path();
 #define JAX_DS_FIND(name) JAX_DS_RETURN_IF_ERROR(library.Find(#name, &n.name##_))
@@ -116,9 +117,9 @@ ErrorOr<Binary> Nvrtc::CompileProgram(Program program, const KernelSpec& spec) c
   std::vector<const char*> options;
   for (const std::string& option : DefaultOptions()) options.push_back(option.c_str());
   for (const std::string& option : spec.options) options.push_back(option.c_str());
-  Error compiled = Check(
-      nvrtcCompileProgram_(program, static_cast<int>(options.size()), options.data()),
-      "nvrtcCompileProgram");
+  Error compiled =
+      Check(nvrtcCompileProgram_(program, static_cast<int>(options.size()), options.data()),
+            "nvrtcCompileProgram");
   Binary binary;
   binary.log = Log(program);
   if (compiled.failure()) {

@@ -22,11 +22,11 @@ struct KernelSpec {
 
 // Read off the assembler's log.
 struct Resources {
-  int registers = 0;      // at entry; setmaxnreg changes it later
-  int static_shared = 0;  // bytes
-  int stack = 0;          // bytes of stack frame, largest function
-  int spill_stores = 0;   // bytes
-  int spill_loads = 0;    // bytes
+  int registers = 0;                 // at entry; setmaxnreg changes it later
+  int static_shared = 0;             // bytes
+  int stack = 0;                     // bytes of stack frame, largest function
+  int spill_stores = 0;              // bytes
+  int spill_loads = 0;               // bytes
   std::vector<std::string> remarks;  // lines with "(C75": serialised wgmma, ignored setmaxnreg
 
   // A kernel may neither spill, nor use a stack frame, nor draw such a remark.

@@ -14,9 +14,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-DataType Type(Input input) {
-  return input == Input::kBfloat16 ? DataType::BF16 : DataType::F32;
-}
+DataType Type(Input input) { return input == Input::kBfloat16 ? DataType::BF16 : DataType::F32; }
 
 int64_t Blocks128(int64_t size) { return (size + kBlock - 1) / kBlock; }
 
@@ -34,7 +32,8 @@ ErrorOr<const int*> Counts(const char* name, const ffi::RemainingArgs& rest, int
   return static_cast<const int*>(counts.untyped_data());
 }
 
-// ---- rows: x [..., M, K] -> values [..., M, K], scales [..., M, KB] ------------------------------
+// ---- rows: x [..., M, K] -> values [..., M, K], scales [..., M, KB]
+// ------------------------------
 
 struct RowsState : Stateful<RowsState> {
   RowsPlan plan;
@@ -164,8 +163,8 @@ Error ExecuteTiles(TilesState* state, int32_t ordinal, cuda::Stream stream, AnyB
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("x", x, Type(plan.input), {-1, plan.swiglu ? 2 * k : k}));
   const int64_t m = Rows(x), batch = LeadingSize(x, 2);
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("values", *values, DataType::F8E4M3FN, {m, k}));
-  JAX_DS_RETURN_IF_ERROR(CheckBuffer("scales", *scales, DataType::F32,
-                                     {square ? Blocks128(m) : m, Blocks128(k)}));
+  JAX_DS_RETURN_IF_ERROR(
+      CheckBuffer("scales", *scales, DataType::F32, {square ? Blocks128(m) : m, Blocks128(k)}));
   TilesParams params = {};
   params.x = x.untyped_data();
   params.row_values = values->untyped_data();

@@ -14,19 +14,15 @@ std::string Name(Input input) {
   return kSpace + "Input::" + (input == Input::kBfloat16 ? "kBfloat16" : "kFloat32");
 }
 
-std::string Name(Blocks blocks) {
-  const char* name = blocks == Blocks::kLines    ? "kLines"
-                     : blocks == Blocks::kSquare ? "kSquare"
-                                                 : "kSquareTransposed";
-  return kSpace + "Blocks::" + name;
-}
-
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Grids and dimensions are 32-bit.
-Error CheckSize(const char* what, int64_t size) {
-  if (size >= 0 && size <= std::numeric_limits<int>::max()) return Error::Success();
-  return InvalidArgument(std::string(what) + ": must be below 2**31, got " + std::to_string(size));
+// Grids and rows are 32-bit, and so are offsets within 128 rows of [M, 2K].
+constexpr int64_t kMaxColumns = 1 << 22;
+
+Error CheckSize(const char* what, int64_t size, int64_t limit = std::numeric_limits<int>::max()) {
+  if (size >= 0 && size <= limit) return Error::Success();
+  return InvalidArgument(std::string(what) + ": must be at most " + std::to_string(limit) +
+                         ", got " + std::to_string(size));
 }
 
 }  // namespace
@@ -59,7 +55,7 @@ ErrorOr<unsigned int> RowsPlan::Grid(int64_t batch, int64_t m, int64_t k,
   const int64_t col_tiles = CeilDiv(CeilDiv(k, kBlock), kTileBlocks);
   const int64_t grid = batch * row_tiles * col_tiles;
   JAX_DS_RETURN_IF_ERROR(CheckSize("rows", m));
-  JAX_DS_RETURN_IF_ERROR(CheckSize("columns", k));
+  JAX_DS_RETURN_IF_ERROR(CheckSize("columns", k, kMaxColumns));
   JAX_DS_RETURN_IF_ERROR(CheckSize("tiles", grid));
   params->m = static_cast<int>(m);
   params->k = static_cast<int>(k);
@@ -71,9 +67,13 @@ ErrorOr<unsigned int> RowsPlan::Grid(int64_t batch, int64_t m, int64_t k,
 
 jit::KernelSpec TilesPlan::Spec() const {
   jit::KernelSpec spec;
-  spec.file = "quantization/kernels/tiles.cuh";
-  spec.entry = kSpace + "quantize_tiles<" + kSpace + "TilesConfig<" + Name(input) + ", " +
-               Name(blocks) + ", " + Bool(swiglu) + ", " + Bool(aligned) + ">>";
+  const bool lines = blocks == Blocks::kLines;
+  const std::string name = lines ? "lines" : "square", config = lines ? "Lines" : "Square";
+  spec.file = "quantization/kernels/" + name + ".cuh";
+  spec.entry = kSpace + "quantize_" + name + "<" + kSpace + config + "Config<" + Name(input) +
+               ", " + Bool(lines ? swiglu : blocks == Blocks::kSquareTransposed) + ", " +
+               Bool(aligned) + ">>";
+  if (lines) spec.shared_bytes = lines_shared_bytes(input == Input::kBfloat16 ? 2 : 4, swiglu);
   return spec;
 }
 
@@ -81,11 +81,11 @@ ErrorOr<unsigned int> TilesPlan::Grid(int64_t batch, int64_t m, int64_t k, int64
                                       TilesParams* params) const {
   const int64_t row_tiles = CeilDiv(p, kBlock), kb = CeilDiv(k, kBlock);
   // Finding a token block's group costs about as much as a tile; share it where tiles abound.
-  const int64_t per_cta = grouped && batch * row_tiles * kb >= 4096 ? 4 : 1;
+  const int64_t per_cta = grouped && batch * row_tiles * kb >= 2048 ? 4 : 1;
   const int64_t cta_columns = CeilDiv(kb, per_cta);
   const int64_t grid = batch * row_tiles * cta_columns;
   JAX_DS_RETURN_IF_ERROR(CheckSize("rows", m));
-  JAX_DS_RETURN_IF_ERROR(CheckSize("columns", k));
+  JAX_DS_RETURN_IF_ERROR(CheckSize("columns", k, kMaxColumns));
   JAX_DS_RETURN_IF_ERROR(CheckSize("tokens", p));
   JAX_DS_RETURN_IF_ERROR(CheckSize("tiles", grid));
   params->m = static_cast<int>(m);

@@ -38,7 +38,7 @@ enum class Blocks { kLines, kSquare, kSquareTransposed };
 // The Blocks named by the attribute `blocks`: "lines", "square" or "square_transposed".
 ErrorOr<Blocks> ParseBlocks(std::string_view name);
 
-// Tiles of 128x128: tiles.cuh. Mirrors TilesConfig.
+// Tiles of 128x128: lines.cuh or square.cuh. Mirrors LinesConfig and SquareConfig.
 struct TilesPlan {
   Input input;
   Blocks blocks;

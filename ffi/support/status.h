@@ -32,10 +32,9 @@ inline Error Internal(std::string message) {
 #define JAX_DS_CONCAT(a, b) JAX_DS_CONCAT_INNER(a, b)
 
 // Returns from the enclosing function if `expression` (an Error) is a failure.
-#define JAX_DS_RETURN_IF_ERROR(expression)                               \
-  do {                                                                   \
-    if (::jax_ds::Error jax_ds_error = (expression); jax_ds_error.failure()) \
-      return jax_ds_error;                                               \
+#define JAX_DS_RETURN_IF_ERROR(expression)                                                        \
+  do {                                                                                            \
+    if (::jax_ds::Error jax_ds_error = (expression); jax_ds_error.failure()) return jax_ds_error; \
   } while (false)
 
 // Declares `declaration` from the value of `expression` (an ErrorOr), or returns its error.

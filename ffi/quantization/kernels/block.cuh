@@ -10,7 +10,7 @@
 namespace jax_ds::quantization {
 
 constexpr int kBlock = 128;
-constexpr u32 kNaN = 0x7fc00000;
+constexpr u32 kNaN = 0x7fc00000, kInfinity = 0x7f800000;
 
 enum class Input { kBfloat16, kFloat32 };
 
@@ -32,6 +32,12 @@ struct Word<Input::kBfloat16> {
     asm("max.u16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
     return m;
   }
+  // The elements times 2^-64.
+  static JAX_DS_DEVICE u32 prescale(u32 word) {
+    u32 product;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(word), "r"(0x1f801f80u));
+    return product;
+  }
   // The larger element's magnitude as float bits.
   static JAX_DS_DEVICE u32 fold(u32 magnitude) {
     return ::max(magnitude << 16, magnitude & 0xffff0000u);
@@ -45,6 +51,9 @@ struct Word<Input::kFloat32> {
   static JAX_DS_DEVICE float element(u32 word, int) { return __uint_as_float(word); }
   static JAX_DS_DEVICE u32 magnitude(u32 word) { return word & 0x7fffffffu; }
   static JAX_DS_DEVICE u32 max(u32 a, u32 b) { return ::max(a, b); }
+  static JAX_DS_DEVICE u32 prescale(u32 word) {
+    return __float_as_uint(__uint_as_float(word) * 0x1p-64f);
+  }
   static JAX_DS_DEVICE u32 fold(u32 magnitude) { return magnitude; }
 };
 
@@ -89,6 +98,11 @@ struct Segment {
     return W::element(words[i / W::kElements], i % W::kElements);
   }
 
+  JAX_DS_DEVICE void prescale() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = W::prescale(words[i]);
+  }
+
   // Largest magnitude of the sixteen, as float bits.
   JAX_DS_DEVICE u32 amax() const {
     u32 m = W::magnitude(words[0]);
@@ -112,38 +126,41 @@ JAX_DS_DEVICE Segment<Input::kFloat32> swiglu(const Segment<kInput>& gate,
   return h;
 }
 
-// A block's scale and what dividing by it needs.
-struct Scale {
-  float value;
-  float prescale;    // x and value are multiplied by it first, so that nothing below is subnormal
-  float reciprocal;  // of the divisor, value * prescale, correctly rounded; 0 for infinity
-  float correction;  // the reciprocal where it is a normal number
+// The scale of a block whose largest magnitude has the float bits `amax`.
+JAX_DS_DEVICE float scale_of(u32 amax_bits, bool ue8m0) {
+  const float amax = __uint_as_float(amax_bits);
+  float scale = __fmul_rn(amax, 1.0f / 448);
+  if (ue8m0) scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
+  if (amax < 0x1p-107f) scale = 1.0f;
+  return amax_bits > kInfinity ? __uint_as_float(kNaN) : scale;
+}
 
-  static JAX_DS_DEVICE Scale of(u32 amax_bits, bool ue8m0) {
-    const float amax = __uint_as_float(amax_bits);
-    float scale = __fmul_rn(amax, 1.0f / 448);
-    if (ue8m0) scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
-    if (amax < 0x1p-107f) scale = 1.0f;
-    if (amax_bits > 0x7f800000u) scale = __uint_as_float(kNaN);
-    return of_value(scale, __frcp_rn(scale * prescale_of(scale)));
+// Above 2^96 the lower part of a reciprocal would be subnormal: such scales, and what they divide,
+// are multiplied by 2^-64 first.
+constexpr float kPrescale = 0x1p-64f;
+JAX_DS_DEVICE bool is_huge(float scale) {
+  return scale > 0x1p96f && scale < __uint_as_float(kInfinity);
+}
+
+// A divisor d as its reciprocal in two parts, 1/d = high + low to 2^-44, so that x * high + x * low
+// rounds as the IEEE quotient does. Exhaustive over the pairs of bfloat16 x and amax that matter,
+// this is so for every one; of pairs of float32 about one in 2^43 could round to the FP8 code next
+// to the right one. `low` is never negative, so that -0 stays -0.
+struct Reciprocal {
+  float high, low;
+
+  static JAX_DS_DEVICE Reciprocal of(float d) {
+    float approximate;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(approximate) : "f"(d));
+    // Certainly below 1/d: the approximation errs by one unit in the last place at most.
+    const float high = __fmul_rn(approximate, 1.0f - 0x1p-21f);
+    const float rest = __fmaf_rn(-d, high, 1.0f);
+    const float low = __fmul_rn(__fmaf_rn(rest, rest, rest), high);
+    // An infinite d makes finite x zero and infinite x NaN.
+    return {high, high == 0.0f ? 0.0f : low};
   }
 
-  static JAX_DS_DEVICE Scale of_value(float scale, float reciprocal) {
-    const bool finite = scale < __uint_as_float(0x7f800000u);
-    return {scale, prescale_of(scale), reciprocal, finite ? reciprocal : 0.0f};
-  }
-
-  static JAX_DS_DEVICE float prescale_of(float scale) { return scale < 0x1p-80f ? 0x1p64f : 1.0f; }
-
-  // x / value, correctly rounded: a quotient from the rounded reciprocal, corrected by its exact
-  // remainder (Markstein). The signs are such that -0 stays -0. Where value is infinite nothing is
-  // corrected: finite x gives 0, infinite x NaN.
-  JAX_DS_DEVICE float divide(float x) const {
-    const float dividend = __fmul_rn(x, prescale), divisor = __fmul_rn(value, prescale);
-    const float quotient = __fmul_rn(dividend, reciprocal);
-    const float remainder = __fmaf_rn(quotient, correction == 0.0f ? 0.0f : divisor, -dividend);
-    return __fmaf_rn(-remainder, correction, quotient);
-  }
+  JAX_DS_DEVICE float times(float x) const { return __fmaf_rn(x, high, __fmul_rn(x, low)); }
 };
 
 // Four floats as e4m3, the first in the lowest byte. Nothing here exceeds 448; NaN becomes 0x7f.
@@ -156,11 +173,16 @@ JAX_DS_DEVICE u32 cvt_e4m3x4(float a, float b, float c, float d) {
 
 // The sixteen values of a segment, four words.
 template <Input kInput>
-JAX_DS_DEVICE void quantize(const Segment<kInput>& x, const Scale& scale, u32 (&values)[4]) {
+JAX_DS_DEVICE void quantize(Segment<kInput>& x, float scale, u32 (&values)[4]) {
+  if (is_huge(scale)) {
+    scale *= kPrescale;
+    x.prescale();
+  }
+  const Reciprocal r = Reciprocal::of(scale);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    values[i] = cvt_e4m3x4(scale.divide(x.at(4 * i)), scale.divide(x.at(4 * i + 1)),
-                           scale.divide(x.at(4 * i + 2)), scale.divide(x.at(4 * i + 3)));
+    values[i] = cvt_e4m3x4(r.times(x.at(4 * i)), r.times(x.at(4 * i + 1)), r.times(x.at(4 * i + 2)),
+                           r.times(x.at(4 * i + 3)));
   }
 }
 

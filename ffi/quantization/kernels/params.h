@@ -3,6 +3,12 @@
 
 namespace jax_ds::quantization {
 
+// Dynamic shared memory of quantize_lines, bytes: the tile (gate and up with SwiGLU), its
+// transpose, column maxima and scales, and the search for groups.
+constexpr int lines_shared_bytes(int element_bytes, bool swiglu) {
+  return 128 * 128 * element_bytes * (swiglu ? 2 : 1) + 128 * 128 + 11 * 128 * 4 + 64;
+}
+
 // 1x128 blocks along K of x: [B, M, K]; with SwiGLU, x: [B, M, 2K].
 struct RowsParams {
   const void* x;        // bfloat16 or float32
@@ -17,18 +23,18 @@ struct RowsParams {
 
 // Tiles of 128x128 of x: [B, M, K]; with SwiGLU, x: [B, M, 2K].
 struct TilesParams {
-  const void* x;            // bfloat16 or float32
-  void* row_values;         // float8_e4m3fn [B, M, K]
-  float* row_scales;        // 1x128: as in RowsParams; square blocks: [B, MB, KB]
-  void* column_values;      // float8_e4m3fn [B, K, P]
-  float* column_scales;     // 1x128: [B, K, PB] or, column-major, [B, PB, K]; square: [B, KB, PB]
-  const int* group_sizes;   // [B, G]: every group starts at a multiple of 128 tokens
-  int num_groups;           // -1: no groups
+  const void* x;           // bfloat16 or float32
+  void* row_values;        // float8_e4m3fn [B, M, K]
+  float* row_scales;       // 1x128: as in RowsParams; square blocks: [B, MB, KB]
+  void* column_values;     // float8_e4m3fn [B, K, P]
+  float* column_scales;    // 1x128: [B, K, PB] or, column-major, [B, PB, K]; square: [B, KB, PB]
+  const int* group_sizes;  // [B, G]: every group starts at a multiple of 128 tokens
+  int num_groups;          // -1: no groups
   int m, k, kb;
-  int p;                    // tokens of the columns: a multiple of 128, or M for square blocks
-  int row_tiles;            // ceil(P / 128)
+  int p;          // tokens of the columns: a multiple of 128, or M for square blocks
+  int row_tiles;  // ceil(P / 128)
   int col_tiles_per_cta;
-  int cta_columns;          // ceil(KB / col_tiles_per_cta)
+  int cta_columns;  // ceil(KB / col_tiles_per_cta)
   bool ue8m0;
   bool column_major_row_scales, column_major_column_scales;
 };

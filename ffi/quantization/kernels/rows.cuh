@@ -8,7 +8,7 @@ namespace jax_ds::quantization {
 template <Input kInput_, bool kSwiglu_, bool kAligned_>
 struct RowsConfig {
   static constexpr Input kInput = kInput_;
-  static constexpr bool kSwiglu = kSwiglu_;  // x: [M, 2K], gate first
+  static constexpr bool kSwiglu = kSwiglu_;    // x: [M, 2K], gate first
   static constexpr bool kAligned = kAligned_;  // K is a multiple of 16
   static constexpr int kThreads = 256;
   // Eight threads quantize a block, a warp four neighbouring blocks of a row.
@@ -68,16 +68,16 @@ struct RowsKernel {
     for (int r = 0; r < kRows; ++r) {
       const int row = first_row + tile_row + r;
       u32 values[4];
-      Scale scale;
+      float scale;
       if constexpr (Config::kSwiglu) {
-        const auto h = swiglu(x[r][0], x[r][1]);
-        scale = Scale::of(max_over_eight(h.amax()), p.ue8m0);
+        auto h = swiglu(x[r][0], x[r][1]);
+        scale = scale_of(max_over_eight(h.amax()), p.ue8m0);
         quantize(h, scale, values);
       } else {
-        scale = Scale::of(max_over_eight(x[r][0].amax()), p.ue8m0);
+        scale = scale_of(max_over_eight(x[r][0].amax()), p.ue8m0);
         quantize(x[r][0], scale, values);
       }
-      if (lane == 0) scales[tile_row + r][block] = scale.value;
+      if (lane == 0) scales[tile_row + r][block] = scale;
       if (row < rows && column < p.k) {
         store(static_cast<u8*>(p.values) + (batch * p.m + row) * p.k + column, values,
               p.k - column);
@@ -99,7 +99,7 @@ struct RowsKernel {
     if (row >= rows || block >= p.kb) return;
     const i64 base = batch * p.m * p.kb;
     p.scales[base + (p.column_major_scales ? static_cast<i64>(block) * p.m + row
-                                     : static_cast<i64>(row) * p.kb + block)] = scales[r][b];
+                                           : static_cast<i64>(row) * p.kb + block)] = scales[r][b];
   }
 };
 

@@ -1,0 +1,185 @@
+"""Kernel times on a GPU through JAX alone, the same way in every benchmark.
+
+A row's time is the sum of the device times of all kernels and copies that one call launches, the
+median over rounds. Versions are interleaved in every round, operands rotate through copies that
+together exceed the L2 cache, and yardsticks (copy bandwidth, a bf16 product) are measured in the
+same run, because the chip's clocks depend on load and temperature: compare ratios.
+"""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import re
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.profiler import ProfileData
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+_L2_BYTES = 60 << 20
+_MAX_COPIES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One thing to time: `function(*operands)`, jitted here, with what it moves and computes."""
+
+    name: str
+    function: Callable[..., Any]
+    operands: Sequence[tuple[Any, ...]]  # copies of the arguments, taken in turn
+    bytes: float = 0.0
+    flops: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Device time of one call."""
+
+    us: float  # median over rounds
+    fastest_us: float
+    kernels: tuple[str, ...]  # names of what one call launches, in order
+    bytes: float
+    flops: float
+
+    @property
+    def gb_s(self) -> float:
+        return self.bytes / self.us / 1e3
+
+    @property
+    def tflops(self) -> float:
+        return self.flops / self.us / 1e6
+
+
+def rotate(make: Callable[[jax.Array], tuple[Any, ...]], seed: int = 0) -> list[tuple[Any, ...]]:
+    """Operands from `make(key)`, as many copies as it takes to exceed L2 three times over."""
+    keys = jax.random.split(jax.random.key(seed), _MAX_COPIES)
+    first = make(keys[0])
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
+    copies = min(_MAX_COPIES, max(2, -(-3 * _L2_BYTES // max(size, 1))))
+    return [first] + [make(key) for key in keys[1:copies]]
+
+
+def yardsticks() -> list[Row]:
+    """The state of the machine in this run: two ways to move 1 GiB, and a bf16 product."""
+    big = jax.random.normal(jax.random.key(0), (1 << 28,), jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(1), (8192, 8192), jnp.bfloat16)
+    copies = [(big,), (big + 1,)]
+    return [
+        Row("yardstick copy", jnp.copy, copies, bytes=4.0 * big.size),
+        Row("yardstick negation", lambda x: -x, copies, bytes=4.0 * big.size),
+        Row("yardstick bf16", lambda x: x @ x.T, [(a,), (a + 1,)], flops=2.0 * 8192**3),
+    ]
+
+
+def measure(rows: Sequence[Row], *, rounds: int = 11) -> dict[str, Timing]:
+    """Times all rows, interleaved; prints nothing."""
+    labels = {
+        row.name: f"row{i}_{re.sub(r'[^a-zA-Z0-9]+', '_', row.name)}" for i, row in enumerate(rows)
+    }
+    compiled = {row.name: _compile(row, labels[row.name]) for row in rows}
+    for row in rows:
+        jax.block_until_ready(compiled[row.name](*row.operands[0]))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for i in range(rounds):
+                for row in rows:
+                    operands = row.operands[i % len(row.operands)]
+                    jax.block_until_ready(compiled[row.name](*operands))
+        launches = _launches(next(pathlib.Path(folder).rglob("*.xplane.pb")))
+    return {row.name: _timing(row, launches[labels[row.name]], rounds) for row in rows}
+
+
+def _compile(row: Row, label: str) -> Callable[..., Any]:
+    def call(*operands: Any) -> Any:
+        return row.function(*operands)
+
+    call.__name__ = label
+    # A command buffer would hide which program a kernel belongs to.
+    return (
+        jax.jit(call)
+        .lower(*row.operands[0])
+        .compile(compiler_options={"xla_gpu_graph_min_graph_size": 1 << 30})
+    )
+
+
+def _launches(file: pathlib.Path) -> Mapping[str, list[tuple[float, float, str]]]:
+    """By program: (start, duration, name) of everything the GPU's streams ran, nanoseconds."""
+    found: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    for plane in ProfileData.from_file(str(file)).planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                stats = dict(event.stats)
+                program = str(stats.get("hlo_module", "")).removeprefix("jit_")
+                found[program].append((event.start_ns, event.duration_ns, event.name))
+    for events in found.values():
+        events.sort()
+    return found
+
+
+def _timing(row: Row, events: list[tuple[float, float, str]], rounds: int) -> Timing:
+    count, rest = divmod(len(events), rounds)
+    if rest or not count:
+        raise RuntimeError(
+            f"{row.name}: {len(events)} launches in {rounds} rounds; calls must launch alike"
+        )
+    calls = [events[i * count : (i + 1) * count] for i in range(rounds)]
+    # The first round may still warm caches.
+    times = [sum(duration for _, duration, _ in call) / 1e3 for call in calls[1:]]
+    names = tuple(name for _, _, name in calls[-1])
+    return Timing(statistics.median(times), min(times), names, row.bytes, row.flops)
+
+
+def machine() -> dict[str, str]:
+    """What results depend on."""
+    device = jax.local_devices()[0]
+    return {
+        "gpu": device.device_kind,
+        "jax": jax.__version__,
+        "platform": device.client.platform_version.splitlines()[0],
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def results_file() -> pathlib.Path:
+    """`results/h200.json` on an H200, and so on."""
+    chip = jax.local_devices()[0].device_kind.lower().replace("nvidia", "").split()[0]
+    return RESULTS / f"{chip}.json"
+
+
+def save(room: str, timings: Mapping[str, Timing], notes: Mapping[str, Any] | None = None) -> None:
+    """Replaces `room`'s part of the results file, keeping the other rooms' parts."""
+    file = results_file()
+    results = json.loads(file.read_text()) if file.exists() else {}
+    rows = {
+        name: {
+            "us": round(t.us, 2),
+            "fastest_us": round(t.fastest_us, 2),
+            **({"gb_s": round(t.gb_s)} if t.bytes else {}),
+            **({"tflops": round(t.tflops)} if t.flops else {}),
+            "launches": len(t.kernels),
+        }
+        for name, t in timings.items()
+    }
+    results[room] = {"machine": machine(), **(notes or {}), "rows": rows}
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+
+
+def show(timings: Mapping[str, Timing]) -> None:
+    """A table of all rows."""
+    width = max(map(len, timings))
+    print(f"{'':{width}} {'us':>9} {'GB/s':>6} {'TFLOPS':>6} {'launches':>8}")
+    for name, t in timings.items():
+        gb_s = f"{t.gb_s:.0f}" if t.bytes else ""
+        tflops = f"{t.tflops:.0f}" if t.flops else ""
+        print(f"{name:{width}} {t.us:9.2f} {gb_s:>6} {tflops:>6} {len(t.kernels):>8}")

@@ -1,0 +1,110 @@
+// A CTA's 128x128 tile: who holds which elements, where its results go.
+//
+// Thread (group g = 0..31, lane l = 0..7) owns four rows, 4g to 4g+3, and sixteen columns: 8l to
+// 8l+7 and 64+8l to 64+8l+7. Its four rows of a column make one word of the transpose.
+#pragma once
+
+#include "quantization/kernels/block.cuh"
+#include "quantization/kernels/groups.cuh"
+
+namespace jax_ds::quantization {
+
+constexpr int kTileThreads = 256;
+
+struct Tile {
+  i64 batch;
+  int first_row, rows;  // of x; rows <= 128
+  int token_block;
+  int col_tile;
+
+  // Offset of the tile's first element in a [B, M, width] array. Within a tile 32 bits suffice:
+  // the host keeps K below 2^22.
+  JAX_DS_DEVICE i64 origin(const TilesParams& p, i64 width) const {
+    return (batch * p.m + first_row) * width + col_tile * kBlock;
+  }
+};
+
+JAX_DS_DEVICE int tile_group() { return threadIdx.x / 8; }
+JAX_DS_DEVICE int tile_lane() { return threadIdx.x % 8; }
+// First column of the thread's piece 0 or 1.
+JAX_DS_DEVICE int piece_column(int piece) { return piece * 64 + tile_lane() * 8; }
+
+// One row's sixteen values to row_values; `s` is the row's number among the thread's four.
+template <bool kAligned>
+JAX_DS_DEVICE void store_row(const TilesParams& p, const Tile& tile, int s,
+                             const u32 (&values)[4]) {
+  const int r = tile_group() * 4 + s;
+  if (r >= tile.rows) return;
+  u8* const tile_values = static_cast<u8*>(p.row_values) + tile.origin(p, p.k);
+#pragma unroll
+  for (int piece = 0; piece < 2; ++piece) {
+    const int available = p.k - tile.col_tile * kBlock - piece_column(piece);
+    if (available <= 0) continue;
+    store_piece<kAligned>(tile_values + (r * p.k + piece_column(piece)), values + piece * 2,
+                          available);
+  }
+}
+
+// A tile of bytes, transposed: [column][group of four tokens]. Chunks of 16 bytes are permuted so
+// that neither the writes (a word in each of eight distant columns) nor the reads (16 bytes) meet
+// in a bank.
+struct Transpose {
+  alignas(16) u32 words[kBlock][32];
+
+  JAX_DS_DEVICE u32& at(int column, int group) {
+    return words[column][(group / 4 ^ column / 8 % 8) * 4 + group % 4];
+  }
+
+  // Zeros where this thread's share of store() reads.
+  JAX_DS_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int index = i * kTileThreads + threadIdx.x;
+      *reinterpret_cast<uint4*>(&at(index / 8, index % 8 * 4)) = make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  // All threads, after a barrier: to column_values.
+  template <bool kAligned>
+  JAX_DS_DEVICE void store(const TilesParams& p, const Tile& tile) {
+    const int first = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    const int token = tile.token_block * kBlock + chunk * 16;
+    const i64 first_column = tile.batch * p.k + tile.col_tile * kBlock + first;
+    u8* to = static_cast<u8*>(p.column_values) + first_column * p.p + token;
+    constexpr int kStep = kTileThreads / 8;
+#pragma unroll
+    for (int i = 0; i < kBlock / kStep; ++i, to += static_cast<i64>(kStep) * p.p) {
+      const int c = i * kStep + first;
+      if (tile.col_tile * kBlock + c >= p.k || token >= p.p) continue;
+      const uint4 four = *reinterpret_cast<const uint4*>(&at(c, chunk * 4));
+      if constexpr (kAligned) {
+        *reinterpret_cast<uint4*>(to) = four;
+      } else {
+        const u32 w[4] = {four.x, four.y, four.z, four.w};
+        const int available = p.p - token;
+        store_piece<false>(to, w, available);
+        store_piece<false>(to + 8, w + 2, available - 8);
+      }
+    }
+  }
+};
+
+// The CTA's token block and batch, and the rows it holds.
+JAX_DS_DEVICE Tile find_tile(const TilesParams& p, GroupScratch& scratch) {
+  Tile tile;
+  tile.token_block = blockIdx.x / p.cta_columns % p.row_tiles;
+  tile.batch = blockIdx.x / p.cta_columns / p.row_tiles;
+  tile.col_tile = blockIdx.x % p.cta_columns * p.col_tiles_per_cta;
+  if (p.num_groups < 0) {
+    tile.first_row = tile.token_block * kBlock;
+    tile.rows = min(kBlock, p.m - tile.first_row);
+  } else {
+    const TokenBlock found = find_rows(p.group_sizes + tile.batch * p.num_groups, p.num_groups, p.m,
+                                       tile.token_block, scratch);
+    tile.first_row = found.first_row;
+    tile.rows = found.rows;
+  }
+  return tile;
+}
+
+}  // namespace jax_ds::quantization

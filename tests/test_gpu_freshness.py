@@ -1,0 +1,45 @@
+"""The record of the GPU tests must be of these sources, or say why it is not."""
+
+import json
+import pathlib
+from typing import Any
+
+from tests.gpu.record import PENDING, RESULTS, sources_sha256
+
+
+def _record() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def test_the_record_is_of_these_sources() -> None:
+    if _record().get("sources_sha256") == sources_sha256():
+        return
+    reason = PENDING.read_text().strip() if PENDING.exists() else ""
+    assert reason and "\n" not in reason, (
+        "ffi/ has changed since the GPU tests last ran: run `make gpu-test` on a Hopper GPU, "
+        "or say in one line in tests/gpu/PENDING why not"
+    )
+
+
+def test_no_recorded_test_failed() -> None:
+    record = _record()
+    if not record:
+        # Then the test above demands the reason.
+        return
+    assert record["complete"]
+    assert record["outcomes"]
+    assert [name for name, outcome in record["outcomes"].items() if outcome == "failed"] == []
+
+
+def test_the_digest_covers_names_and_contents(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "ffi").mkdir()
+    digests = {sources_sha256(tmp_path)}
+    (tmp_path / "ffi" / "a.cuh").write_text("x")
+    digests.add(sources_sha256(tmp_path))
+    (tmp_path / "ffi" / "a.cuh").write_text("y")
+    digests.add(sources_sha256(tmp_path))
+    (tmp_path / "ffi" / "a.cuh").rename(tmp_path / "ffi" / "b.cuh")
+    digests.add(sources_sha256(tmp_path))
+    (tmp_path / "ffi" / "notes.md").write_text("not a source")
+    digests.add(sources_sha256(tmp_path))
+    assert len(digests) == 4
