@@ -6,9 +6,8 @@
 
 namespace jax_ds::flash_mla {
 
-inline constexpr int kAppendThreads = 96;  // 72 sixteen-byte pieces a token
-
-// A CTA a token. Tokens before the sequence's start (seq_lens < S) and beyond its table are dropped.
+// A CTA a token. Tokens before the sequence's start (seq_lens < S) and beyond its table are
+// dropped.
 __global__ __launch_bounds__(kAppendThreads) void append(const __grid_constant__ AppendParams p) {
   constexpr int kPieces = kKeyDim * 2 / 16;
   const int b = blockIdx.x / p.S;

@@ -2,9 +2,9 @@
 // from seq_lens: no schedule is stored, no kernel runs before this one.
 //
 // Requests lie one after the other on a line; request b takes kOverhead positions and one more per
-// block. Group g gets [g * payload, (g + 1) * payload). A boundary inside a request splits it, unless
-// it falls within `tolerance` of the request's first or last block: then it moves to that end. All is
-// a pure function of the boundary, so both neighbours agree.
+// block. Group g gets [g * payload, (g + 1) * payload). A boundary inside a request splits it,
+// unless it falls within `tolerance` of the request's first or last block: then it moves to that
+// end. All is a pure function of the boundary, so both neighbours agree.
 #pragma once
 
 #include "flash_mla/kernels/params.h"
@@ -40,14 +40,14 @@ JAX_DS_DEVICE int length_of(const DecodeParams& p, int b) {
 
 JAX_DS_DEVICE int blocks_of(int length) { return (length + kBlock - 1) / kBlock; }
 
-// One warp. kOverhead: what starting a request costs, in blocks. kWholePercent: how much longer than
-// the even share a group may run if no request is split then.
+// One warp. kOverhead: what starting a request costs, in blocks. kWholePercent: how much longer
+// than the even share a group may run if no request is split then.
 template <int kOverhead, int kWholePercent>
 struct Scheduler {
   const DecodeParams& p;
-  int per_lane;   // requests a lane sums up
-  int before;     // positions before this lane's requests
-  int sum;        // positions of this lane's requests
+  int per_lane;  // requests a lane sums up
+  int before;    // positions before this lane's requests
+  int sum;       // positions of this lane's requests
   int total, payload, tolerance, whole;
 
   JAX_DS_DEVICE int cost(int b) const {
@@ -128,7 +128,7 @@ struct Item {
   int length;       // tokens
   int first, last;  // blocks [first, last)
   bool split;
-  int part_slot;    // 0: continues an earlier group's request; 1: starts one
+  int part_slot;  // 0: continues an earlier group's request; 1: starts one
 
   JAX_DS_DEVICE bool empty() const { return first == last; }
 };

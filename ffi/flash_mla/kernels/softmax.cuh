@@ -7,8 +7,8 @@ namespace jax_ds::flash_mla {
 
 inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 inline constexpr float kLn2 = 0.693147180559945309f;
-// The reference point follows the maximum only once it lags by more than this (base 2): probabilities
-// then stay below 2^8, which costs no precision, and the output is seldom rescaled.
+// The reference point follows the maximum only once it lags by more than this (base 2):
+// probabilities then stay below 2^8, which costs no precision, and the output is seldom rescaled.
 inline constexpr float kLag = 8.0f;
 
 JAX_DS_DEVICE float exp2_approx(float x) {
@@ -44,9 +44,9 @@ JAX_DS_DEVICE float finite_reference(float reference) {
 // Byte offset of 16-byte chunk `chunk` of row `row` in a tile of 128-byte rows, 128-byte swizzle.
 JAX_DS_DEVICE u32 swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Where the blocks of an item begin, as rows of the cache seen as [P * page_size, 576]. A warp reads
-// 32 entries of the page table at a time and the next 32 ahead of their use. Only entries of pages
-// that hold tokens are read.
+// Where the blocks of an item begin, as rows of the cache seen as [P * page_size, 576]. A warp
+// reads 32 entries of the page table at a time and the next 32 ahead of their use. Only entries of
+// pages that hold tokens are read.
 struct PageRows {
   const DecodeParams& p;
   const int* table;
@@ -54,8 +54,10 @@ struct PageRows {
   int current, next;  // rows of blocks base + lane and base + 32 + lane
 
   JAX_DS_DEVICE PageRows(const DecodeParams& params, const Item& item)
-      : p(params), table(params.page_table + static_cast<i64>(item.request) * params.N),
-        base(item.first), last(item.last) {
+      : p(params),
+        table(params.page_table + static_cast<i64>(item.request) * params.N),
+        base(item.first),
+        last(item.last) {
     current = fetch(base + lane_id());
     next = fetch(base + 32 + lane_id());
   }
