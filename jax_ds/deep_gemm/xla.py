@@ -75,10 +75,11 @@ def grouped_wgrad(
         group = jnp.searchsorted(first_blocks, i, side="right") - 1
         dy_scale = jax.lax.dynamic_slice_in_dim(dy.scales, i, 1, axis=1)
         x_scale = jax.lax.dynamic_slice_in_dim(x.scales, i, 1, axis=1)
-        partial = _dot(
-            jax.lax.dynamic_slice_in_dim(dy.values, i * BLOCK, BLOCK, axis=1),
-            jax.lax.dynamic_slice_in_dim(x.values, i * BLOCK, BLOCK, axis=1),
-        )
+        dy_values = jax.lax.dynamic_slice_in_dim(dy.values, i * BLOCK, BLOCK, axis=1)
+        x_values = jax.lax.dynamic_slice_in_dim(x.values, i * BLOCK, BLOCK, axis=1)
+        # With a single block XLA folds the quantizer's transposes into the product, and its CPU
+        # backend has no bfloat16 product of two transposed operands.
+        partial = _dot(*jax.lax.optimization_barrier((dy_values, x_values)))
         here = jax.lax.dynamic_index_in_dim(total, group, keepdims=False)
         here = here + partial * (dy_scale * x_scale.T)
         return jax.lax.dynamic_update_index_in_dim(total, here, group, 0)
