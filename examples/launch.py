@@ -5,13 +5,15 @@ Import this module before jax, and call `start` before any other use of jax.
 
 import math
 import os
+from typing import Any
 
 # XLA sizes its CPU thread pool by this variable. Eight virtual devices that wait for each other
 # need more threads than a small machine has cores.
 os.environ.setdefault("NPROC", "32")
 
 import jax
-from absl import flags
+import numpy as np
+from absl import flags, logging
 
 _MESH = flags.DEFINE_string(
     "mesh", "8", "expert-parallel devices: '8', or '2x4' for two nodes of four"
@@ -26,6 +28,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 def start() -> tuple[jax.sharding.Mesh, str | tuple[str, ...]]:
     """Joins the other processes, if any; returns the mesh and the name of its expert axis."""
+    logging.set_verbosity(logging.WARNING)
     sizes = _sizes()
     wanted = math.prod(sizes)
     processes = _NUM_PROCESSES.value or 1
@@ -52,3 +55,9 @@ def _sizes() -> tuple[int, ...]:
     if len(sizes) not in (1, 2) or min(sizes) < 1:
         raise ValueError(f"--mesh: must be a number or NODESxGPUS, got {_MESH.value!r}")
     return sizes
+
+
+def shard(batch: np.ndarray[Any, Any], mesh: jax.sharding.Mesh) -> jax.Array:
+    """Splits a batch that every process holds whole over all devices of the mesh."""
+    sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+    return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])

@@ -1,6 +1,7 @@
 """Sizes and choices of a DeepSeek-V3 model."""
 
 import dataclasses
+from typing import Literal
 
 from jax_ds._core.checks import check, check_choice
 from jax_ds._runtime.choose import Implementation
@@ -23,7 +24,7 @@ class ModelConfig:
       hidden: width of the residual stream.
       num_layers, num_dense_layers: all layers; how many of the first have a dense MLP.
       q_lora: width of the compressed queries; None projects queries directly.
-      dense_ffn, expert_ffn, shared_ffn: inner widths of the MLPs; shared_ffn 0 for no shared expert.
+      dense_ffn, expert_ffn, shared_ffn: inner widths of the MLPs; shared_ffn 0: no shared expert.
       num_experts, top_k, num_groups, top_groups, routed_scaling: gating, as in
         `jax_ds.moe.group_limited_topk`.
       capacity_factor: as in `jax_ds.moe.moe_layer`; None never drops a token.
@@ -51,8 +52,9 @@ class ModelConfig:
     capacity_factor: float | None = None
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
-    precision: str = "fp8"
+    precision: Literal["fp8", "bf16"] = "fp8"
     remat: bool = False
+    unroll: bool = False
     implementation: Implementation = None
 
     def __post_init__(self) -> None:

@@ -38,8 +38,8 @@ def forward(
     step: Callable[..., Any] = jax.checkpoint(layer) if config.remat else layer
     x = embed(params, tokens)
     if params.dense_layers is not None:
-        x, _ = jax.lax.scan(step, x, params.dense_layers)
-    x, stats = jax.lax.scan(step, x, params.moe_layers)
+        x, _ = jax.lax.scan(step, x, params.dense_layers, unroll=config.unroll)
+    x, stats = jax.lax.scan(step, x, params.moe_layers, unroll=config.unroll)
     return logits(config, params, x), stats
 
 

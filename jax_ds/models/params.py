@@ -39,7 +39,7 @@ class LayerParams(NamedTuple):
 
 
 class ModelParams(NamedTuple):
-    """float32 masters. Layers of a kind are stacked along a leading dimension for `jax.lax.scan`."""
+    """float32 masters. Layers of a kind are stacked along a leading dimension, for a scan."""
 
     embedding: Float32[Array, "vocab hidden"]
     dense_layers: LayerParams | None

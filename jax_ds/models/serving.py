@@ -110,16 +110,16 @@ class Engine:
         self._waiting: collections.deque[_Slot] = collections.deque()
         self._submitted = 0
         self._batch = NamedSharding(mesh, PartitionSpec(config.axis_name))
-        specs = param_specs(config, params)
-        prepare = jax.shard_map(
-            functools.partial(prepare_for_decoding, config),
-            mesh=mesh,
-            in_specs=(specs,),
-            out_specs=param_specs(
-                config, jax.eval_shape(functools.partial(prepare_for_decoding, config), params)
-            ),
-        )
-        self._params = jax.jit(prepare)(params)
+        prepare = functools.partial(prepare_for_decoding, config)
+        shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+        self._params = jax.jit(
+            jax.shard_map(
+                prepare,
+                mesh=mesh,
+                in_specs=(param_specs(config, params),),
+                out_specs=param_specs(config, jax.eval_shape(prepare, shapes)),
+            )
+        )(params)
         self._cache = jax.jit(
             jax.shard_map(
                 lambda: empty_pages(config, pages),

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
 
 from jax_ds import deep_ep
-from jax_ds._core.checks import check, check_axis, check_choice, check_rank, check_shape
+from jax_ds._core.checks import (
+    check,
+    check_axis,
+    check_choice,
+    check_dtype,
+    check_rank,
+    check_shape,
+)
 from jax_ds._runtime.choose import Implementation
 from jax_ds.moe import experts
 from jax_ds.moe.gate import group_limited_topk
@@ -41,7 +48,7 @@ class MoEStats(NamedTuple):
 
 
 def moe_layer(
-    x: BFloat16[Array, "T H"],
+    x: Float[Array, "T H"],
     params: MoEParams,
     valid: Bool[Array, " T"] | None = None,
     *,
@@ -57,7 +64,7 @@ def moe_layer(
     num_sms: int | None = None,
     channel: int = 0,
     implementation: Implementation = None,
-) -> tuple[BFloat16[Array, "T H"], MoEStats]:
+) -> tuple[Float[Array, "T H"], MoEStats]:
     """A DeepSeek-V3 MoE layer over the devices of `axis_name`; call it inside `jax.shard_map`.
 
         ids, w = group_limited_topk(x router^T, bias)
@@ -74,7 +81,7 @@ def moe_layer(
     first product in bfloat16 (4F bytes) and the second one (2H bytes, for the gradient of w).
 
     Args:
-      x: [T, H] bfloat16, this device's tokens; T is the same on every device.
+      x: [T, H] bfloat16 or float32, this device's tokens; T is the same on every device.
       params: `MoEParams`, the expert weights already the local shard.
       valid: [T] bool; tokens that are False go to no routed expert. None: all are valid.
       axis_name: mesh axis of the experts, or ("node", "gpu"); expert e lives on rank
@@ -89,9 +96,10 @@ def moe_layer(
       implementation: None, "xla" or "cuda".
 
     Returns:
-      y [T, H] bfloat16 and the `MoEStats` of this device.
+      y [T, H] in x's dtype and the `MoEStats` of this device.
 
     Raises:
+      TypeError: x has another dtype, or the low-latency form is differentiated.
       ValueError: a shape breaks a rule, E is no multiple of the axis' size, or the call is
         outside `jax.shard_map`.
 
@@ -139,7 +147,7 @@ def moe_layer(
         routed = run(config, x, weights, gate_up, down, plan)
         dropped = plan.num_dropped
     shared = _shared_expert(x, params, precision, implementation)
-    y = routed if shared is None else routed + shared
+    y = (routed if shared is None else routed + shared).astype(x.dtype)
     return y, MoEStats(load=_load(ids, num_experts), num_dropped=dropped)
 
 
@@ -180,6 +188,7 @@ def _check_layer(
     precision: Precision,
 ) -> None:
     check_choice("precision", precision, ("fp8", "bf16"))
+    check_dtype("x", x, jnp.bfloat16, jnp.float32)
     check_rank("x", x, 2)
     hidden = x.shape[1]
     ranks = check_axis("axis_name", axis_name)

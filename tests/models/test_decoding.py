@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jax_ds import models
 
 TINY = models.ModelConfig(
@@ -66,7 +67,10 @@ def test_decoding_equals_forward(name: str) -> None:
             )
         )(params, jax.device_put(tokens, jax.NamedSharding(mesh, batch)))
         full = np.asarray(full)
-        put = lambda x: jax.device_put(jnp.asarray(x, jnp.int32), jax.NamedSharding(mesh, batch))
+
+        def put(x: Any) -> jax.Array:
+            return jax.device_put(jnp.asarray(x, jnp.int32), jax.NamedSharding(mesh, batch))
+
         table = put([[2, 0], [1, 9], [1, 2], [-5, 7]])
         pages = jax.device_put(
             jnp.full((2 * 3 * config.num_layers, 64, 576), jnp.nan, jnp.bfloat16),
