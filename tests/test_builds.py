@@ -75,7 +75,7 @@ def test_bazel_compiles_every_host_source(bazel: dict[str, dict[str, Any]]) -> N
     assert set(native) == _files("ffi/**/*.cc")
     assert set(bazel["native"]["hdrs"]) == _files("ffi/**/*.h")
     tests = [src for rule in bazel.values() if rule["kind"] == "cc_test" for src in rule["srcs"]]
-    assert set(tests) >= _files("tests/native/**/*.cc")
+    assert set(tests) == _files("tests/native/**/*.cc", "tests/native/**/*.h")
 
 
 def _kernel_files() -> set[str]:
