@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 
+#include "deep_gemm/handler.h"
 #include "flash_mla/handler.h"
 #include "jit/compiler.h"
 #include "quantization/handler.h"
@@ -20,6 +21,7 @@ namespace {
 // A room is added here, in pairs of include and line.
 std::vector<Room> Rooms() {
   return {
+      deep_gemm::GetRoom(),
       flash_mla::GetRoom(),
       quantization::GetRoom(),
   };
@@ -66,7 +68,8 @@ nb::dict Targets() {
 nb::list Kernels() {
   nb::list kernels;
   for (const Room& room : Rooms()) {
-    for (const jit::KernelSpec& spec : room.kernels) kernels.append(nb::make_tuple(room.name, spec));
+    for (const jit::KernelSpec& spec : room.kernels)
+      kernels.append(nb::make_tuple(room.name, spec));
   }
   return kernels;
 }

@@ -23,9 +23,9 @@ JAX_DS_DEVICE void mbarrier_arrive(u64* barrier) {
 // can see: enough to say that one has finished reading. Data sent to another CTA counts itself, by
 // st_async or TMA.
 JAX_DS_DEVICE void mbarrier_arrive_cluster(u64* barrier, u32 rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
-                   mapa(shared_address(barrier), rank))
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapa(shared_address(barrier), rank))
+      : "memory");
 }
 
 // Arrives and adds `bytes` to what the phase waits for.

@@ -14,7 +14,9 @@ ones count as zero; sizes known while tracing that break the rule raise.
 
 These functions take quantized operands and are not differentiable; `fp8_linear`,
 `fp8_grouped_linear` and `bf16_grouped_gemm` are. Several devices' data belongs inside
-`jax.shard_map`. Every function takes `implementation`: None, "xla" or "cuda".
+`jax.shard_map`. Every function takes `implementation`: None, "xla" or "cuda". The kernels take K in
+multiples of 16, N in multiples of 8 and at most 512 groups; None takes the portable products for
+what they do not.
 """
 
 import functools
@@ -27,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_ds._core.checks import check, check_choice, check_dtype, check_rank, check_shape
 from jax_ds._runtime.choose import Implementation, choose
-from jax_ds.deep_gemm import xla
+from jax_ds.deep_gemm import ffi, xla
 from jax_ds.quantization import (
     Quantized,
     check_group_sizes,
@@ -65,8 +67,11 @@ def fp8_gemm(
     _check_operand("lhs", lhs, 2, _ROW_BLOCK)
     _check_operand("rhs", rhs, 2, _SQUARE_BLOCK)
     _check_contracted(lhs, rhs)
-    portable = functools.partial(xla.gemm, out_dtype=_out_dtype(out_dtype))
-    return _run("fp8_gemm", _LINEAR, implementation, (lhs, rhs), portable, None)
+    dtype = _out_dtype(out_dtype)
+    portable = functools.partial(xla.gemm, out_dtype=dtype)
+    cuda = functools.partial(ffi.gemm, out_dtype=dtype)
+    reason = ffi.unsupported(lhs, rhs)
+    return _run("fp8_gemm", _LINEAR, implementation, (lhs, rhs), portable, cuda, reason)
 
 
 def fp8_grouped_gemm(
@@ -103,9 +108,12 @@ def fp8_grouped_gemm(
     _check_contracted(lhs, rhs)
     check_group_sizes(group_sizes, rhs.shape[0], lhs.shape[0])
     check_choice("zero_tail", zero_tail, (True, False))
-    portable = functools.partial(xla.grouped_gemm, out_dtype=_out_dtype(out_dtype))
+    dtype = _out_dtype(out_dtype)
+    portable = functools.partial(xla.grouped_gemm, out_dtype=dtype)
+    cuda = functools.partial(ffi.grouped_gemm, out_dtype=dtype, zero_tail=zero_tail)
+    reason = ffi.unsupported(lhs, rhs, rhs.shape[0])
     operands = (lhs, rhs, group_sizes)
-    return _run("fp8_grouped_gemm", _GROUPED, implementation, operands, portable, None)
+    return _run("fp8_grouped_gemm", _GROUPED, implementation, operands, portable, cuda, reason)
 
 
 def fp8_masked_gemm(
@@ -144,9 +152,12 @@ def fp8_masked_gemm(
     check(rhs.shape[0] == lhs.shape[0], "rhs", rule, f"{rhs.shape[0]} and {lhs.shape[0]}")
     check_group_sizes(group_sizes, rhs.shape[0], lhs.shape[1], masked=True)
     check_choice("zero_tail", zero_tail, (True, False))
-    portable = functools.partial(xla.masked_gemm, out_dtype=_out_dtype(out_dtype))
+    dtype = _out_dtype(out_dtype)
+    portable = functools.partial(xla.masked_gemm, out_dtype=dtype)
+    cuda = functools.partial(ffi.masked_gemm, out_dtype=dtype, zero_tail=zero_tail)
+    reason = ffi.unsupported(lhs, rhs, rhs.shape[0])
     operands = (lhs, rhs, group_sizes)
-    return _run("fp8_masked_gemm", _GROUPED, implementation, operands, portable, None)
+    return _run("fp8_masked_gemm", _GROUPED, implementation, operands, portable, cuda, reason)
 
 
 def fp8_wgrad(
@@ -176,7 +187,8 @@ def fp8_wgrad(
     _check_columns(dy_columns, x_columns)
     _check_accumulate(accumulate, (dy_columns.shape[0], x_columns.shape[0]), "N K")
     operands = (dy_columns, x_columns, accumulate)
-    return _run("fp8_wgrad", _LINEAR, implementation, operands, xla.wgrad, None)
+    reason = ffi.unsupported(dy_columns, x_columns)
+    return _run("fp8_wgrad", _LINEAR, implementation, operands, xla.wgrad, ffi.wgrad, reason)
 
 
 def fp8_grouped_wgrad(
@@ -216,7 +228,9 @@ def fp8_grouped_wgrad(
     shape = (group_sizes.shape[0], dy_columns.shape[0], x_columns.shape[0])
     _check_accumulate(accumulate, shape, "G N K")
     operands = (dy_columns, x_columns, group_sizes, accumulate)
-    return _run("fp8_grouped_wgrad", _GROUPED, implementation, operands, xla.grouped_wgrad, None)
+    reason = ffi.unsupported(dy_columns, x_columns, group_sizes.shape[0])
+    portable, cuda = xla.grouped_wgrad, ffi.grouped_wgrad
+    return _run("fp8_grouped_wgrad", _GROUPED, implementation, operands, portable, cuda, reason)
 
 
 _LINEAR = "use fp8_linear, or apply jax.lax.stop_gradient before quantizing"
@@ -229,10 +243,10 @@ def _run(
     implementation: Implementation,
     operands: tuple[Any, ...],
     portable: Callable[..., Any],
-    cuda: Callable[..., Any] | None,
-    unsupported: str | None = None,
+    cuda: Callable[..., Any],
+    unsupported: str | None,
 ) -> Any:
-    """Every product ends here; a kernel is plugged in as `cuda`."""
+    """Every product ends here."""
 
     def chosen(*operands: Any) -> Any:
         return choose(

@@ -11,7 +11,7 @@ import numpy as np
 from jax_ds.quantization import Quantized, reference
 
 # Implementations that the contract tests run; "cuda" gets the marker `gpu` there.
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "cuda")
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 

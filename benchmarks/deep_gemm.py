@@ -1,0 +1,192 @@
+"""The FP8 products against bf16 ones of the same run: `python -m benchmarks.deep_gemm`.
+
+Cases and marks are those of the best published library, measured on an H200 (kernel time, µs);
+a row's ratio is its time over the mark, corrected by nothing: compare the bf16 yardsticks.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import timing
+from jax_ds import deep_gemm
+from jax_ds.quantization import Quantized
+
+# (m, n, k): kernel µs of the best published library, of bf16 through cuBLAS (a graph's time)
+DENSE = {
+    (64, 2112, 7168): (9.43, 14.7),
+    (64, 24576, 1536): (13.5, 22.3),
+    (64, 7168, 16384): (34.8, 64.0),
+    (128, 2112, 7168): (10.4, 14.7),
+    (128, 7168, 16384): (42.9, 71.6),
+    (128, 4096, 7168): (12.3, 21.2),
+    (4096, 2112, 7168): (94.4, 177),
+    (4096, 24576, 1536): (237, 432),
+    (4096, 32768, 512): (132, 255),
+    (4096, 4096, 7168): (177, 337),
+    (8192, 8192, 8192): (774, 1494),
+}
+# (groups, rows of each, n, k)
+GROUPED = {
+    (4, 8192, 4096, 7168): 1402,
+    (8, 4096, 7168, 2048): 741,
+    (32, 256, 4096, 7168): 411,
+    (32, 256, 7168, 2048): 219,
+}
+# (rows in use, n, k), of 4096 rows a group
+MASKED = {
+    ((1235,), 4096, 7168): 56.9,
+    ((400, 678), 7168, 2048): 31.7,
+    ((180, 230, 275, 330), 4096, 7168): 64.2,
+    ((934, 1100, 1300, 800, 1150, 903), 7168, 2048): 153,
+}
+# (groups, tokens of each, n, k), added to a float32 sum
+WGRAD = {
+    (4, 8192, 4096, 7168): 1944,
+    (8, 4096, 7168, 2048): 1042,
+    (1, 4096, 7168, 4096): 259,
+}
+
+
+def _values(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.bfloat16).astype(jnp.float8_e4m3fn)
+
+
+def _scales(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.uniform(key, shape, jnp.float32, 0.5, 2.0)
+
+
+def _operands(
+    lhs: tuple[int, ...], rhs: tuple[int, ...], wide: bool, *rest: Any
+) -> list[tuple[Any, ...]]:
+    """Copies of values and scales; 1x128 scales transposed, as the quantizers leave memory."""
+
+    def make(key: jax.Array) -> tuple[Any, ...]:
+        a, b, c, d = jax.random.split(key, 4)
+        *lead, m, k = lhs
+        blocks = -(-k // 128)
+        if wide:
+            rhs_scales: tuple[int, ...] = (blocks, rhs[-2])
+        else:
+            rhs_scales = (*rhs[:-2], -(-rhs[-2] // 128), blocks)
+        scales = _scales(b, (*lead, blocks, m)), _scales(d, rhs_scales)
+        return _values(a, lhs), scales[0], _values(c, rhs), scales[1], *rest
+
+    return timing.rotate(make)
+
+
+def _row(
+    name: str,
+    op: Any,
+    operands: list[tuple[Any, ...]],
+    flops: float,
+    wide: bool = False,
+    **keywords: Any,
+) -> timing.Row:
+    def run(a: Any, sa: Any, b: Any, sb: Any, *rest: Any) -> Any:
+        rhs = Quantized(b, sb.mT if wide else sb)
+        return op(Quantized(a, sa.mT), rhs, *rest, implementation="cuda", **keywords)
+
+    return timing.Row(name, run, operands, flops=flops)
+
+
+def dense() -> list[timing.Row]:
+    rows = []
+    for m, n, k in DENSE:
+        at, flops = f"{m}x{n}x{k}", 2.0 * m * n * k
+        operands = _operands((m, k), (n, k), False)
+        rows.append(_row(f"dense {at}", deep_gemm.fp8_gemm, operands, flops))
+
+        def make(key: jax.Array, m: int = m, n: int = n, k: int = k) -> tuple[jax.Array, ...]:
+            x, w = jax.random.split(key)
+            return (
+                jax.random.normal(x, (m, k), jnp.bfloat16),
+                jax.random.normal(w, (n, k), jnp.bfloat16),
+            )
+
+        rows.append(
+            timing.Row(f"bf16 {at}", lambda x, w: x @ w.T, timing.rotate(make), flops=flops)
+        )
+    return rows
+
+
+def grouped(uneven: bool = False) -> list[timing.Row]:
+    """`uneven`: as many rows in groups of random sizes."""
+    rows = []
+    for g, each, n, k in GROUPED:
+        m = g * each
+        sizes = jnp.full((g,), each, jnp.int32)
+        if uneven:
+            cuts = jnp.sort(jax.random.randint(jax.random.key(g), (g - 1,), 0, m))
+            sizes = jnp.diff(cuts, prepend=0, append=m).astype(jnp.int32)
+        operands = _operands((m, k), (g, n, k), False, sizes)
+        name = f"grouped {g}x{each} n={n} k={k}" + (" uneven" if uneven else "")
+        op = deep_gemm.fp8_grouped_gemm
+        rows.append(_row(name, op, operands, 2.0 * m * n * k))
+    return rows
+
+
+def masked() -> list[timing.Row]:
+    rows = []
+    for sizes, n, k in MASKED:
+        g = len(sizes)
+        operands = _operands((g, 4096, k), (g, n, k), False, jnp.asarray(sizes, jnp.int32))
+        name = f"masked {g}x{sum(sizes) // g} of 4096 n={n} k={k}"
+        op = deep_gemm.fp8_masked_gemm
+        rows.append(_row(name, op, operands, 2.0 * sum(sizes) * n * k, zero_tail=False))
+    return rows
+
+
+def wgrad() -> list[timing.Row]:
+    rows = []
+    for g, each, n, k in WGRAD:
+        sizes = jnp.full((g,), each, jnp.int32)
+        operands = _operands((n, g * each), (k, g * each), True, sizes)
+        op = deep_gemm.fp8_grouped_wgrad
+        rows.append(
+            _row(f"wgrad {g}x{each} n={n} k={k}", op, operands, 2.0 * g * each * n * k, wide=True)
+        )
+    return rows
+
+
+def marks() -> dict[str, float]:
+    """Row name to the published library's kernel time, µs."""
+    found = {f"dense {m}x{n}x{k}": us for (m, n, k), (us, _) in DENSE.items()}
+    found |= {f"bf16 {m}x{n}x{k}": us for (m, n, k), (_, us) in DENSE.items()}
+    found |= {f"grouped {g}x{r} n={n} k={k}": us for (g, r, n, k), us in GROUPED.items()}
+    found |= {f"grouped {g}x{r} n={n} k={k} uneven": us for (g, r, n, k), us in GROUPED.items()}
+    found |= {
+        f"masked {len(s)}x{sum(s) // len(s)} of 4096 n={n} k={k}": us
+        for (s, n, k), us in MASKED.items()
+    }
+    found |= {f"wgrad {g}x{r} n={n} k={k}": us for (g, r, n, k), us in WGRAD.items()}
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Times the parts named (all by default), a part after the other to bound memory."""
+    parts = {
+        "dense": dense,
+        "grouped": grouped,
+        "uneven": functools.partial(grouped, uneven=True),
+        "masked": masked,
+        "wgrad": wgrad,
+    }
+    timings: dict[str, timing.Timing] = {}
+    for part in arguments or parts:
+        timings |= timing.measure(parts[part]())
+    timing.show(timings)
+    print("\ntime over mark:")
+    for name, us in marks().items():
+        if name in timings:
+            print(f"{timings[name].us / us:6.3f}  {name}")
+    if not arguments:
+        timing.save("deep_gemm", timings)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

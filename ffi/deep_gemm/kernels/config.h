@@ -1,0 +1,96 @@
+// What the GEMM kernel and the host code that plans and launches it share: the configuration, the
+// arguments, the size of shared memory. No other header than the tensor map's.
+#pragma once
+
+#include "kernels/tensor_map.h"
+
+namespace jax_ds::deep_gemm {
+
+// What the rows of a tile are. Sizes: M rows of lhs and output, N columns, K contracted, G groups.
+enum Mode : int {
+  kDense,    // lhs [M, K] 1x128, rhs [N, K] 128x128
+  kGrouped,  // lhs [M, K], consecutive rows a group; rhs [G, N, K]
+  kMasked,   // lhs [G, M, K], the first group_sizes[g] rows of each g; rhs [G, N, K]
+  kWgrad,    // lhs [M, T], rhs [N, T], both 1x128 along the tokens T; out [G, M, N]
+};
+
+enum Output : int { kBfloat16, kFloat32, kFloat32Add };
+
+// One compiled kernel. A structural type: it is the kernel's only template parameter.
+struct Config {
+  int mode;
+  int output;
+  int block_m;    // rows of a CTA's tile: 64 or 128 for each math warpgroup
+  int block_n;    // columns of a CTA's tile
+  int stages;     // slots of the operand ring
+  int math;       // math warpgroups
+  int multicast;  // CTAs of a cluster, side by side along N, that share the lhs tile
+  int split;      // CTAs of a cluster that divide K and add their partial tiles
+  int per_sm;     // CTAs meant to run together on an SM: 1 or 2
+  int depth;      // k-blocks a warpgroup has in flight: it promotes one while the next multiplies
+  int turns;      // math warpgroups take turns at the tensor cores
+
+  constexpr int waves() const { return block_m / (64 * math); }
+  constexpr int cluster() const { return multicast * split; }
+  constexpr int math_threads() const { return 128 * math; }
+  // Registers move from the producer to the math warpgroups where there are several; that takes a
+  // whole warpgroup of producers.
+  constexpr bool moves_registers() const { return math > 1 && per_sm == 1; }
+  constexpr int threads() const { return math_threads() + (moves_registers() ? 128 : 64); }
+};
+
+constexpr int kBlockK = 128;  // elements, and bytes, of K that share a scale: one stage
+constexpr int kMaxGroups = 512;
+
+struct Params {
+  TensorMap lhs;            // e4m3 [rows, K], box [block_m / multicast, 128]
+  TensorMap rhs;            // e4m3 [rhs rows, K], box [block_n, 128]
+  const float* lhs_scales;  // [K / 128, M], masked [G, K / 128, M]: columns contiguous
+  const float* rhs_scales;  // [G, N / 128, K / 128]; wgrad: [T / 128, N]
+  const int* group_sizes;   // [G]; unused when dense
+  void* out;                // bfloat16 or float32 [rows, N]
+  int num_groups;           // G
+  int m;                    // rows of lhs (masked: of one group); wgrad: rows of one group's output
+  int n;
+  int k;          // contracted elements; wgrad: tokens, all groups
+  int band;       // row tiles that are walked together, so that L2 keeps both operands
+  int zero_tail;  // grouped: write zeros to the rows past the last group; masked: likewise
+};
+
+constexpr int RoundUp(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Columns of a tile that surely share a scale of rhs: tiles start at multiples of block_n, blocks
+// of 128 columns at multiples of 128.
+constexpr int ScaleUnit(const Config& c) {
+  int unit = 128;
+  while (c.block_n % unit != 0) unit /= 2;
+  return unit;
+}
+
+// Floats of one stage's scales of rhs: a row of the tile each, or the (at most two) 128-blocks.
+constexpr int RhsScaleSlots(const Config& c) { return c.mode == kWgrad ? c.block_n : 4; }
+
+// Bytes of the buffer in which a CTA receives the other splits' parts of its share of the tile.
+constexpr int ReduceBytes(const Config& c) {
+  return c.block_m * c.block_n * 4 / c.split * (c.split - 1);
+}
+
+// Bytes in which each math warp turns 16 rows x 64 columns of bf16 around. Shares of a split tile
+// are too narrow for that to pay.
+constexpr int StagingBytes(const Config& c) {
+  return c.output == kBfloat16 && c.split == 1 ? c.math * 4 * 16 * 128 : 0;
+}
+
+// Dynamic shared memory of a launch.
+constexpr int SharedBytes(const Config& c) {
+  const int tiles = (c.block_m + c.block_n) * kBlockK;
+  const int scales = (c.block_m + RhsScaleSlots(c)) * 4;
+  const int groups = c.mode == kDense ? 16 : kMaxGroups * 4;
+  const int barriers = 16 * c.stages + 16;
+  return RoundUp(c.stages * (tiles + scales) + StagingBytes(c) + ReduceBytes(c) + groups + barriers,
+                 1024);
+}
+
+}  // namespace jax_ds::deep_gemm

@@ -1,0 +1,429 @@
+// FP8 matrix products with fine-grained scales on Hopper: out = (lhs * scales) (rhs * scales)^T.
+//
+// Two warps produce: TMA brings 128 bytes of K of both operands into a ring of shared-memory slots,
+// cp.async their scales. Math warpgroups consume: for each slot four wgmma compute a partial tile
+// with the tensor core's own (about 14 bits of) accumulation, which is then scaled and added to the
+// float32 total in registers. That promotion is what makes e4m3 products accurate; it runs while
+// another warpgroup has the tensor cores. The grid is persistent.
+#pragma once
+
+#include "deep_gemm/kernels/config.h"
+#include "deep_gemm/kernels/epilogue.cuh"
+#include "deep_gemm/kernels/scheduler.cuh"
+#include "kernels/pipeline.cuh"
+#include "kernels/tma.cuh"
+#include "kernels/wgmma_fp8.cuh"
+
+namespace jax_ds::deep_gemm {
+
+// ---- shared storage ----------------------------------------------------------------------------
+
+template <Config kConfig>
+struct Storage {
+  u8 lhs[kConfig.stages][kConfig.block_m * kBlockK];
+  u8 rhs[kConfig.stages][kConfig.block_n * kBlockK];
+  u8 staging[StagingBytes(kConfig) > 0 ? StagingBytes(kConfig) : 16];
+  float4 reduce[ReduceBytes(kConfig) > 0 ? ReduceBytes(kConfig) / 16 : 1];
+  float lhs_scales[kConfig.stages][kConfig.block_m];
+  float rhs_scales[kConfig.stages][RhsScaleSlots(kConfig)];
+  int group_ends[kConfig.mode == kDense ? 4 : kMaxGroups];
+  PipelineBarriers<kConfig.stages> ring;
+  PipelineBarriers<1> reduced;  // the reduce buffer, filled by the other splits
+};
+
+template <Config kConfig>
+constexpr bool legal() {
+  constexpr Config c = kConfig;
+  static_assert(c.block_m % (64 * c.math) == 0 && c.waves() <= 2, "64 or 128 rows a warpgroup");
+  static_assert(c.block_n % 16 == 0 && c.block_n * kBlockK % 1024 == 0, "swizzle atoms");
+  static_assert(c.block_m / c.multicast * kBlockK % 1024 == 0, "parts of the lhs tile");
+  static_assert(c.cluster() <= 8, "portable clusters");
+  static_assert(c.mode == kWgrad || c.block_n <= 128 + ScaleUnit(c), "at most two scales of rhs");
+  static_assert(c.split == 1 || (c.waves() == 1 && c.block_n / c.split % 16 == 0), "whole strips");
+  static_assert(c.split == 1 || c.mode == kDense || c.mode == kGrouped || c.mode == kMasked);
+  static_assert(c.depth == 1 || (c.depth == 2 && c.waves() == 1 && c.stages > 2), "registers");
+  static_assert(c.turns == 0 || c.math > 1, "turns are taken by several");
+  static_assert(sizeof(Storage<c>) <= SharedBytes(c), "SharedBytes counts the storage");
+  return true;
+}
+
+// ---- producers: a warp for the operands, a warp for their scales
+// -----------------------------------
+
+// One thread. TMA counts its bytes on the slot's barrier.
+template <Config kConfig>
+JAX_DS_DEVICE void produce_tiles(const Params& p, Storage<kConfig>& s) {
+  constexpr int kLhsRows = kConfig.block_m / kConfig.multicast;
+  constexpr u32 kBytes = (kConfig.block_m + kConfig.block_n) * kBlockK;
+  const u32 rank = kConfig.multicast > 1 ? cluster_ctarank() : 0;
+  const u32 part = rank % kConfig.multicast;  // of the lhs tile
+  const u16 sharers = ((1 << kConfig.multicast) - 1) << (rank - part);
+
+  Pipeline<kConfig.stages> ring(s.ring);
+  Schedule<kConfig> schedule(p, s.group_ends);
+  for (Tile tile; schedule.next(tile);) {
+    const int lhs_row = tile.lhs_row + part * kLhsRows;
+    const int rhs_row = (kConfig.mode == kWgrad ? 0 : tile.group * p.n) + tile.col;
+    const int end = (tile.k_begin + tile.k_blocks) * kBlockK;
+    for (int k = tile.k_begin * kBlockK; k < end; k += kBlockK, ring.advance()) {
+      const int slot = ring.slot();
+      ring.acquire();
+      ring.commit(kBytes);
+      tma_load_2d(s.rhs[slot], &p.rhs, ring.full(), k, rhs_row);
+      if constexpr (kConfig.multicast > 1) {
+        // Each sharer brings its part of the lhs tile to all of them.
+        tma_load_2d_multicast(s.lhs[slot] + part * kLhsRows * kBlockK, &p.lhs, ring.full(), sharers,
+                              k, lhs_row);
+      } else {
+        tma_load_2d(s.lhs[slot], &p.lhs, ring.full(), k, lhs_row);
+      }
+    }
+  }
+}
+
+// `count` floats to shared memory, a lane every 32nd; zero from `limit` on, which is not read.
+template <int kCount>
+JAX_DS_DEVICE void copy_row(u32 shared, const float* row, int limit) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int i = 0; i < kCount; i += 32) {
+    if (kCount % 32 == 0 || i + lane < kCount) {
+      cp_async_4(shared + i * 4, row + i, i < limit - lane);
+    }
+  }
+}
+
+// A warp. TMA cannot copy the scales: their rows need not be multiples of 16 bytes. Each lane's
+// arrival on the slot's barrier follows its copies.
+template <Config kConfig>
+JAX_DS_DEVICE void produce_scales(const Params& p, Storage<kConfig>& s) {
+  constexpr bool kWide = kConfig.mode == kWgrad;
+  const int lane = lane_id();
+  constexpr bool kMask = kConfig.mode == kMasked;
+  const int rhs_rows = kWide ? p.n : (p.n + 127) / 128;
+  const int rhs_blocks = (p.k + kBlockK - 1) / kBlockK;
+
+  Pipeline<kConfig.stages> ring(s.ring);
+  Schedule<kConfig> schedule(p, s.group_ends);
+  for (Tile tile; schedule.next(tile);) {
+    const int rhs_row = kWide ? tile.col : tile.col / 128;
+    const int lhs_row = kMask ? tile.lhs_row - tile.group * p.m : tile.lhs_row;
+    const int lhs_block = kMask ? tile.group * rhs_blocks + tile.k_begin : tile.k_begin;
+    const float* lhs = p.lhs_scales + static_cast<i64>(lhs_block) * p.m + lhs_row + lane;
+    const float* rhs = p.rhs_scales;
+    if constexpr (kWide) {
+      rhs += static_cast<i64>(tile.k_begin) * rhs_rows + rhs_row + lane;
+    } else {
+      rhs += static_cast<i64>(tile.group * rhs_rows + rhs_row + lane) * rhs_blocks + tile.k_begin;
+    }
+    for (int i = 0; i < tile.k_blocks; ++i, ring.advance()) {
+      const int slot = ring.slot();
+      ring.acquire();
+      copy_row<kConfig.block_m>(shared_address(&s.lhs_scales[slot][lane]), lhs, p.m - lhs_row);
+      const u32 to = shared_address(&s.rhs_scales[slot][lane]);
+      if constexpr (kWide) {
+        copy_row<kConfig.block_n>(to, rhs, rhs_rows - rhs_row);
+      } else if (lane < 2) {
+        cp_async_4(to, rhs, rhs_row + lane < rhs_rows);
+      }
+      cp_async_mbarrier_arrive_noinc(shared_address(ring.full()));
+      lhs += p.m;
+      rhs += kWide ? rhs_rows : 1;
+    }
+  }
+}
+
+// ---- main loop: one math warpgroup -------------------------------------------------------------
+
+// partial = lhs tile * rhs tile^T over one stage, asynchronously.
+template <int kN>
+JAX_DS_DEVICE void multiply(float (&partial)[kN / 2], const u8* lhs, const u8* rhs) {
+  const u64 a = wgmma_descriptor(lhs), b = wgmma_descriptor(rhs);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    WgmmaE4m3<kN>::mma(partial, a + 2 * k, b + 2 * k, k > 0);
+  }
+  wgmma_commit_group();
+}
+
+// A stage's scales, for this thread's elements.
+template <Config kConfig>
+struct Scales {
+  static constexpr bool kWide = kConfig.mode == kWgrad;
+  static constexpr bool kStraddles = !kWide && 128 % kConfig.block_n != 0;
+  static constexpr int kUnit = ScaleUnit(kConfig);  // columns that lie in one block of 128
+  // Where registers are scarce the columns' scales stay in shared memory until they are used, and
+  // the slot is released after that.
+  static constexpr bool kLate = kWide && (kConfig.math == 3 || kConfig.depth > 1);
+  float lhs[2];                                          // rows r and r + 8
+  float rhs[kWide && !kLate ? kConfig.block_n / 4 : 2];  // its columns, or two blocks of 128
+  u32 columns;                                           // shared address of the columns' scales
+
+  JAX_DS_DEVICE void load(const Storage<kConfig>& s, int slot, int row) {
+    const u32 lane = lane_id();
+    lhs[0] = ld_shared_f32(shared_address(&s.lhs_scales[slot][row + lane / 4]));
+    lhs[1] = ld_shared_f32(shared_address(&s.lhs_scales[slot][row + lane / 4 + 8]));
+    columns = shared_address(&s.rhs_scales[slot][kWide ? 2 * (lane % 4) : 0]);
+    if constexpr (kWide && !kLate) {
+#pragma unroll
+      for (int j = 0; j < kConfig.block_n / 8; ++j) load_columns(&rhs[2 * j], j);
+    } else if constexpr (!kWide) {
+      rhs[0] = ld_shared_f32(columns);
+      if constexpr (kStraddles) rhs[1] = ld_shared_f32(columns + 4);
+    }
+  }
+
+  JAX_DS_DEVICE void load_columns(float* pair, int j) const {
+    const float2 value = ld_shared_v2_f32(columns + 32 * j);
+    pair[0] = value.x;
+    pair[1] = value.y;
+  }
+
+  // total += scales * partial. `split`: first column, from the tile's, of the second block.
+  JAX_DS_DEVICE void promote(float* total, const float* partial, int split) {
+#pragma unroll
+    for (int unit = 0; unit < kConfig.block_n; unit += kUnit) {
+      float scale[2] = {lhs[0], lhs[1]};
+      if constexpr (!kWide) {
+        const float block = kStraddles && unit >= split ? rhs[1] : rhs[0];
+        scale[0] *= block;
+        scale[1] *= block;
+      }
+#pragma unroll
+      for (int j = unit / 8; j < (unit + kUnit) / 8; ++j) {
+        if constexpr (kLate) load_columns(rhs, j);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float column = kWide ? rhs[(kLate ? 0 : 2 * j) + i % 2] : 1.f;
+          total[4 * j + i] += scale[i / 2] * column * partial[4 * j + i];
+        }
+      }
+    }
+  }
+};
+
+// Adds the partial tiles of a cluster's splits in order: the CTA of split r gets the r-th part of
+// every thread's registers, which is the r-th part of the tile's columns.
+template <Config kConfig>
+JAX_DS_DEVICE void reduce_splits(Storage<kConfig>& s, Pipeline<1>& buffer, const float* total,
+                                 float* share) {
+  constexpr int kSplit = kConfig.split;
+  constexpr int kVectors = kConfig.block_n / 2 / kSplit / 4;  // of four floats, of one share
+  constexpr int kThreads = kConfig.math_threads();
+  const u32 rank = cluster_ctarank(), thread = threadIdx.x;
+  const u32 self = rank / kConfig.multicast, column = rank % kConfig.multicast;
+
+  if (thread == 0) buffer.commit((kSplit - 1) * kVectors * kThreads * 16);
+  buffer.acquire();
+#pragma unroll
+  for (int to = 0; to < kSplit; ++to) {
+    if (to == self) continue;
+    const u32 place = self < to ? self : self - 1, peer = to * kConfig.multicast + column;
+    const u32 base = mapa(shared_address(&s.reduce[place * kVectors * kThreads + thread]), peer);
+    const u32 full = mapa(shared_address(buffer.full()), peer);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const float* v = total + (to * kVectors + i) * 4;
+      st_async_v4_f32(base + i * kThreads * 16, full, v[0], v[1], v[2], v[3]);
+    }
+  }
+
+  buffer.wait();
+#pragma unroll
+  for (int from = 0; from < kSplit; ++from) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      float4 v;
+      if (from == self) {
+        // The index must be a constant for `total` to stay in registers.
+        const float* own = total + (from * kVectors + i) * 4;
+        v = float4{own[0], own[1], own[2], own[3]};
+      } else {
+        const u32 place = from < self ? from : from - 1;
+        v = ld_shared_v4_f32(shared_address(&s.reduce[(place * kVectors + i) * kThreads + thread]));
+      }
+      share[4 * i + 0] = from == 0 ? v.x : share[4 * i + 0] + v.x;
+      share[4 * i + 1] = from == 0 ? v.y : share[4 * i + 1] + v.y;
+      share[4 * i + 2] = from == 0 ? v.z : share[4 * i + 2] + v.z;
+      share[4 * i + 3] = from == 0 ? v.w : share[4 * i + 3] + v.w;
+    }
+  }
+  __syncwarp();
+  if (lane_id() < kSplit && lane_id() != self) {
+    mbarrier_arrive_cluster(buffer.empty(), lane_id() * kConfig.multicast + column);
+  }
+  buffer.advance();
+}
+
+// Arrives, for this warp, on the slot's barrier in every CTA that fills it.
+template <Config kConfig>
+JAX_DS_DEVICE void release(const Pipeline<kConfig.stages>& ring) {
+  __syncwarp();
+  if constexpr (kConfig.multicast > 1) {
+    const u32 rank = cluster_ctarank();
+    const u32 first = rank - rank % kConfig.multicast;
+    if (lane_id() < kConfig.multicast) mbarrier_arrive_cluster(ring.empty(), first + lane_id());
+  } else {
+    if (lane_id() == 0) ring.release();
+  }
+}
+
+// Warpgroups that issue at will drift into step: they share the tensor cores, then all promote
+// while those idle. In turns, one multiplies while the others promote. Named barrier 1 + g lets
+// warpgroup g issue; it is passed on once the last wgmma is issued, which then still runs for a
+// while.
+template <Config kConfig>
+JAX_DS_DEVICE void take_turn(int group) {
+  if constexpr (kConfig.turns) bar_sync(1 + group, 256);
+}
+
+template <Config kConfig>
+JAX_DS_DEVICE void pass_turn(int group) {
+  if constexpr (kConfig.turns) bar_arrive(group + 1 < kConfig.math ? 2 + group : 1, 256);
+}
+
+// total += the products of the next kDepth slots. All are issued, then promoted one by one, so that
+// the tensor cores have work while this warpgroup promotes. They must be drained before the
+// function ends: the assembler serialises wgmma that are in flight around a loop.
+template <Config kConfig, int kDepth>
+JAX_DS_DEVICE void accumulate(const Storage<kConfig>& s, Pipeline<kConfig.stages>& ring,
+                              float (&total)[kConfig.waves()][kConfig.block_n / 2], int group,
+                              int split) {
+  constexpr int kWaves = kConfig.waves(), kN = kConfig.block_n;
+  const int first_row = group * 64 * kWaves, warp_row = threadIdx.x / 32 % 4 * 16;
+  Pipeline<kConfig.stages> done = ring;
+  int slots[kDepth];
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d, ring.advance()) {
+    slots[d] = ring.slot();
+    ring.wait();
+  }
+#pragma unroll
+  for (int wave = 0; wave < kWaves; ++wave) {
+    const int row = first_row + wave * 64;
+    float partial[kDepth][kN / 2];
+    Scales<kConfig> scales[kDepth];
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) scales[d].load(s, slots[d], row + warp_row);
+    take_turn<kConfig>(group);
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      multiply<kN>(partial[d], s.lhs[slots[d]] + row * kBlockK, s.rhs[slots[d]]);
+    }
+    pass_turn<kConfig>(group);
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      d + 1 < kDepth ? wgmma_wait_group<1>() : wgmma_wait_group<0>();
+      // Once its scales are in registers the slot may be overwritten.
+      constexpr bool kLate = Scales<kConfig>::kLate;
+      if (kLate) scales[d].promote(total[wave], partial[d], split);
+      if (wave == kWaves - 1) {
+        release<kConfig>(done);
+        done.advance();
+      }
+      if (!kLate) scales[d].promote(total[wave], partial[d], split);
+    }
+  }
+}
+
+// Rows of the warp's part from `valid` on are zero: what was read there may be NaN.
+template <Config kConfig>
+JAX_DS_DEVICE void clear_rows(float (&total)[kConfig.waves()][kConfig.block_n / 2], int valid) {
+#pragma unroll
+  for (int wave = 0; wave < kConfig.waves(); ++wave) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (64 * wave + 8 * half + static_cast<int>(lane_id()) / 4 < valid) continue;
+#pragma unroll
+      for (int j = 0; j < kConfig.block_n / 8; ++j) {
+        total[wave][4 * j + 2 * half] = total[wave][4 * j + 2 * half + 1] = 0.f;
+      }
+    }
+  }
+}
+
+template <Config kConfig>
+JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
+  constexpr int kWaves = kConfig.waves(), kN = kConfig.block_n;
+  const int warp = warp_id(), group = warp / 4;
+  const int warp_row = group * 64 * kWaves + warp % 4 * 16;  // of the tile
+  const u32 staging = shared_address(&s.staging[StagingBytes(kConfig) > 0 ? warp * 2048 : 0]);
+
+  if (group == kConfig.math - 1) pass_turn<kConfig>(group);  // the first turn is warpgroup 0's
+  Pipeline<kConfig.stages> ring(s.ring);
+  Pipeline<1> reduce_buffer(s.reduced);
+  Schedule<kConfig> schedule(p, s.group_ends);
+  for (Tile tile; schedule.next(tile);) {
+    float total[kWaves][kN / 2] = {};
+    const int split = 128 - tile.col % 128;
+    int left = tile.k_blocks;
+    for (; left >= kConfig.depth; left -= kConfig.depth) {
+      accumulate<kConfig, kConfig.depth>(s, ring, total, group, split);
+    }
+    for (; left > 0; --left) accumulate<kConfig, 1>(s, ring, total, group, split);
+
+    if constexpr (kConfig.mode == kMasked) {
+      clear_rows<kConfig>(total, tile.valid_end - tile.out_row - warp_row);
+    }
+    if constexpr (kConfig.split > 1) {
+      float share[kN / 2 / kConfig.split];
+      reduce_splits<kConfig>(s, reduce_buffer, total[0], share);
+      constexpr int kColumns = kN / kConfig.split;
+      const WarpTile t{
+          tile.out_row + warp_row, tile.out_end,
+          tile.col + static_cast<int>(cluster_ctarank() / kConfig.multicast) * kColumns, p.n};
+      store_tile<kConfig, kColumns>(share, t, staging, p.out);
+    } else {
+#pragma unroll
+      for (int wave = 0; wave < kWaves; ++wave) {
+        const WarpTile t{tile.out_row + warp_row + wave * 64, tile.out_end, tile.col, p.n};
+        store_tile<kConfig, kN>(total[wave], t, staging, p.out);
+      }
+    }
+  }
+}
+
+// ---- entry -------------------------------------------------------------------------------------
+
+template <Config kConfig>
+__global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
+    Gemm(const __grid_constant__ Params p) {
+  static_assert(legal<kConfig>());
+  extern __shared__ __align__(1024) u8 memory[];
+  Storage<kConfig>& s = *reinterpret_cast<Storage<kConfig>*>(memory);
+  constexpr u32 kMathWarps = kConfig.math * 4;
+
+  const u32 warp = warp_id();
+  if (warp == 0 && elect_one()) {
+    prefetch_tensormap(&p.lhs);
+    prefetch_tensormap(&p.rhs);
+    s.ring.init(1 + 32, kMathWarps * kConfig.multicast);
+    if constexpr (kConfig.split > 1) {
+      s.reduced.init(1, kMathWarps * (kConfig.split - 1));
+    }
+    fence_mbarrier_init();
+  }
+  griddepcontrol_wait();
+  if (kConfig.mode != kDense && warp == 1) load_groups<kConfig>(p, s.group_ends);
+  __syncthreads();
+  if constexpr (kConfig.cluster() > 1) {
+    barrier_cluster_arrive_relaxed();
+    barrier_cluster_wait();
+  }
+
+  if (warp >= kMathWarps) {
+    if constexpr (kConfig.moves_registers()) setmaxnreg_dec<kConfig.math == 2 ? 40 : 32>();
+    if (warp == kMathWarps && elect_one()) produce_tiles<kConfig>(p, s);
+    if (warp == kMathWarps + 1) produce_scales<kConfig>(p, s);
+    __syncwarp();
+  } else {
+    if constexpr (kConfig.moves_registers()) setmaxnreg_inc<kConfig.math == 2 ? 232 : 160>();
+    consume<kConfig>(p, s);
+  }
+  griddepcontrol_launch_dependents();
+  // A CTA's memory is written by its cluster: none may leave before all are done.
+  if constexpr (kConfig.cluster() > 1) cluster_sync();
+}
+
+}  // namespace jax_ds::deep_gemm

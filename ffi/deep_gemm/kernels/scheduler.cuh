@@ -1,0 +1,148 @@
+// Which tiles a CTA computes, in which order. Group sizes are read on the device, once.
+#pragma once
+
+#include "deep_gemm/kernels/config.h"
+#include "kernels/ptx.cuh"
+
+namespace jax_ds::deep_gemm {
+
+// One output tile.
+struct Tile {
+  int group;
+  int lhs_row;    // first row of lhs
+  int out_row;    // first row of the output
+  int out_end;    // first row that is not to be stored
+  int valid_end;  // masked: rows from here to out_end are stored as zero
+  int col;        // first column of the tile
+  int k_begin;    // first of its 128-blocks of K (wgrad: of the tokens)
+  int k_blocks;   // 0: the tile is zero
+};
+
+// Sums `values` over the warp, inclusively.
+JAX_DS_DEVICE int warp_inclusive_sum(int value) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, value, distance);
+    if (lane_id() >= distance) value += other;
+  }
+  return value;
+}
+
+// One warp fills ends[g]: masked: rows of group g; grouped: end of its rows; wgrad: end of its
+// blocks of 128 tokens (one group of all, without sizes). Sizes are clamped to what the operands
+// hold, so that no wrong size reads or writes out of bounds.
+template <Config kConfig>
+JAX_DS_DEVICE void load_groups(const Params& p, int* ends) {
+  const int limit = kConfig.mode == kWgrad ? (p.k + kBlockK - 1) / kBlockK : p.m;
+  int carry = 0;
+  for (int base = 0; base < p.num_groups; base += 32) {
+    const int g = base + lane_id();
+    int size = limit * kBlockK;
+    if (p.group_sizes != nullptr) size = g < p.num_groups ? max(p.group_sizes[g], 0) : 0;
+    if constexpr (kConfig.mode == kMasked) {
+      size = min(size, limit);
+    } else {
+      if constexpr (kConfig.mode == kWgrad) size = (size + kBlockK - 1) / kBlockK;
+      size = carry + warp_inclusive_sum(min(size, limit));
+      carry = __shfl_sync(0xffffffffu, size, 31);
+      size = min(size, limit);
+    }
+    if (g < p.num_groups) ends[g] = size;
+  }
+}
+
+// Every thread of the roles walks the same sequence: `for (tile; schedule.next(tile);)`.
+template <Config kConfig>
+class Schedule {
+ public:
+  JAX_DS_DEVICE Schedule(const Params& p, const int* ends)
+      : p_(p),
+        ends_(ends),
+        index_(blockIdx.x / kConfig.cluster()),
+        step_(gridDim.x / kConfig.cluster()),
+        rank_(kConfig.cluster() > 1 ? cluster_ctarank() : 0),
+        columns_((p.n + kColumns - 1) / kColumns) {}
+
+  JAX_DS_DEVICE bool next(Tile& tile) {
+    // Groups follow one another; `first_` is the index of the current group's first tile.
+    while (true) {
+      const int rows = group_rows();
+      const int row_tiles = (rows + kConfig.block_m - 1) / kConfig.block_m;
+      const int tiles = row_tiles * columns_;
+      if (index_ < first_ + tiles) {
+        place(tile, index_ - first_, rows, row_tiles);
+        index_ += step_;
+        return true;
+      }
+      first_ += tiles;
+      if (++group_ >= num_groups()) return false;
+    }
+  }
+
+ private:
+  static constexpr int kColumns = kConfig.block_n * kConfig.multicast;
+
+  // Grouped rows past the last group form one more group, without K.
+  JAX_DS_DEVICE int num_groups() const {
+    return p_.num_groups + (kConfig.mode == kGrouped && p_.zero_tail ? 1 : 0);
+  }
+
+  JAX_DS_DEVICE int group_begin() const { return group_ == 0 ? 0 : ends_[group_ - 1]; }
+
+  JAX_DS_DEVICE int group_rows() const {
+    if constexpr (kConfig.mode == kGrouped) {
+      return (group_ < p_.num_groups ? ends_[group_] : p_.m) - group_begin();
+    }
+    if constexpr (kConfig.mode == kMasked) return p_.zero_tail ? p_.m : ends_[group_];
+    return p_.m;
+  }
+
+  JAX_DS_DEVICE void place(Tile& tile, int index, int rows, int row_tiles) const {
+    // Bands of `band` row tiles; inside a band column after column.
+    const int band = index / (p_.band * columns_);
+    const int inside = index - band * p_.band * columns_;
+    const int band_rows = min(p_.band, row_tiles - band * p_.band);
+    const int column = inside / band_rows;
+    const int row = (band * p_.band + inside - column * band_rows) * kConfig.block_m;
+
+    int k_blocks = (p_.k + kBlockK - 1) / kBlockK;
+    int k_begin = 0;
+    int base = 0;
+    if constexpr (kConfig.mode == kGrouped) {
+      base = group_begin();
+      if (group_ >= p_.num_groups) k_blocks = 0;
+    } else if constexpr (kConfig.mode == kMasked) {
+      base = group_ * p_.m;
+      if (row >= ends_[group_]) k_blocks = 0;
+      tile.valid_end = base + ends_[group_];
+    } else if constexpr (kConfig.mode == kWgrad) {
+      base = group_ * p_.m;
+      k_begin = group_begin();
+      k_blocks = ends_[group_] - k_begin;
+    }
+    tile.group = group_;
+    tile.out_row = base + row;
+    tile.out_end = base + rows;
+    tile.lhs_row = kConfig.mode == kWgrad ? row : tile.out_row;
+    tile.col = column * kColumns + rank_ % kConfig.multicast * kConfig.block_n;
+    if constexpr (kConfig.split > 1) {
+      const int part = rank_ / kConfig.multicast;
+      const int begin = k_blocks * part / kConfig.split;
+      k_blocks = k_blocks * (part + 1) / kConfig.split - begin;
+      k_begin += begin;
+    }
+    tile.k_begin = k_begin;
+    tile.k_blocks = k_blocks;
+  }
+
+  const Params& p_;
+  const int* ends_;
+  int index_;
+  int step_;
+  int rank_;
+  int columns_;
+  int group_ = 0;
+  int first_ = 0;
+};
+
+}  // namespace jax_ds::deep_gemm

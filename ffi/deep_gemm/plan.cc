@@ -1,0 +1,217 @@
+#include "deep_gemm/plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+
+namespace jax_ds::deep_gemm {
+namespace {
+
+// Dynamic shared memory of a CTA that has an SM to itself, and of one that shares it with another.
+constexpr int kSharedAlone = 232448, kSharedHalf = 115712;
+
+// A tile shape with what was measured for it.
+struct Candidate {
+  int block_m, block_n, math, multicast, split, per_sm, depth, turns;
+  double cycles;  // per tile and block of K, with the SM's other CTAs running
+};
+
+// Tiles for many rows: the tensor cores are the limit, so warpgroups take turns. Of equal rates the
+// wide ones need less from L2 and the small ones waste less at the edges.
+constexpr Candidate kLarge[] = {
+    {128, 128, 2, 2, 1, 1, 2, 1, 700},
+    {128, 128, 2, 1, 1, 1, 2, 1, 730},
+    {128, 192, 2, 2, 1, 1, 1, 1, 1080},
+    {256, 128, 2, 2, 1, 1, 1, 0, 1460},
+};
+
+// Tiles for few rows: memory is the limit, so every SM must load from the start to the end.
+constexpr Candidate kSmall[] = {
+    {64, 64, 1, 1, 1, 2, 2, 0, 220},  {64, 64, 1, 1, 2, 2, 2, 0, 220},
+    {64, 64, 1, 1, 4, 2, 2, 0, 220},  {64, 96, 1, 1, 1, 2, 1, 0, 420},
+    {64, 128, 1, 1, 2, 1, 2, 0, 420}, {128, 64, 2, 1, 2, 1, 2, 1, 380},
+    {128, 64, 2, 1, 1, 1, 2, 1, 380}, {128, 128, 2, 2, 2, 1, 2, 1, 700},
+};
+
+// Weight gradients: every column has its own scale, which doubles the promotion.
+constexpr Candidate kGradient[] = {
+    {128, 128, 2, 2, 1, 1, 1, 1, 860},
+    {128, 128, 2, 1, 1, 1, 1, 1, 900},
+};
+
+constexpr double kClockMhz = 1600, kL2BytesPerUs = 6.2e6, kDramBytesPerUs = 3.9e6;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Config Configure(const Problem& problem, const Candidate& c) {
+  Config config = {problem.mode, problem.output, c.block_m, c.block_n, 0,      c.math,
+                   c.multicast,  c.split,        c.per_sm,  c.depth,   c.turns};
+  const int limit = c.per_sm == 1 ? kSharedAlone : kSharedHalf;
+  do {
+    ++config.stages;
+  } while (SharedBytes(config) <= limit && config.stages <= 8);
+  --config.stages;
+  return config;
+}
+
+std::vector<Candidate> Candidates(Mode mode) {
+  if (mode == kWgrad) return {std::begin(kGradient), std::end(kGradient)};
+  std::vector<Candidate> candidates(std::begin(kLarge), std::end(kLarge));
+  candidates.insert(candidates.end(), std::begin(kSmall), std::end(kSmall));
+  return candidates;
+}
+
+// Groups divide their rows evenly, as far as the host knows; masked ones fill a quarter.
+int64_t ExpectedRows(const Problem& p) {
+  if (p.mode == kGrouped) return CeilDiv(p.m, p.groups);
+  if (p.mode == kMasked) return CeilDiv(p.m, 4);
+  return p.m;
+}
+
+// Clusters that run at once. An SM pair always holds a cluster of two; larger ones do not fill
+// every group of SMs (seen: 30 of 33 for four, 15 of 16 for eight).
+int64_t Slots(const Config& c, int num_sms) {
+  const int64_t slots = static_cast<int64_t>(num_sms) * c.per_sm / c.cluster();
+  return c.cluster() > 2 ? std::max<int64_t>(1, slots * 15 / 16) : slots;
+}
+
+Estimate Cost(const Problem& p, const Config& c, double cycles, int num_sms) {
+  const int64_t rows = ExpectedRows(p),
+                matrices =
+                    p.mode == kGrouped || p.mode == kMasked || p.mode == kWgrad ? p.groups : 1;
+  const int64_t row_tiles = matrices * CeilDiv(rows, c.block_m);
+  const int64_t clusters = row_tiles * CeilDiv(p.n, int64_t{c.block_n} * c.multicast);
+  const int64_t tokens = p.mode == kWgrad ? CeilDiv(p.k, p.groups) : p.k;
+  const int64_t blocks = CeilDiv(CeilDiv(tokens, kBlockK), c.split);
+  const int64_t slots = Slots(c, num_sms);
+  const double waves = static_cast<double>(CeilDiv(clusters, slots));
+  // A tile that shares its SM with no other runs faster than the measured pair, but not twice.
+  const double sharing = c.per_sm == 2 && clusters * 2 <= slots ? 0.8 : 1.0;
+  // The result's way out of the registers, not hidden by other work of the warpgroup.
+  const double epilogue = 8.0 * c.block_n * c.waves();
+
+  Estimate e;
+  e.tensor_us = waves * (static_cast<double>(blocks) * cycles * sharing + epilogue) / kClockMhz;
+  const double tile_bytes =
+      (static_cast<double>(c.block_m) + static_cast<double>(c.block_n) * c.multicast) * kBlockK;
+  e.l2_us = static_cast<double>(clusters * c.split * blocks) * tile_bytes / kL2BytesPerUs;
+  const double out_bytes = p.output == kBfloat16 ? 2 : p.output == kFloat32 ? 4 : 8;
+  const double n = static_cast<double>(p.n), k = static_cast<double>(p.k);
+  const double all_rows = static_cast<double>(p.mode == kGrouped ? p.m : matrices * rows);
+  const double operands =
+      p.mode == kWgrad ? (p.m + n) * k : all_rows * k + static_cast<double>(matrices) * n * k;
+  e.dram_us = (operands + all_rows * n * out_bytes) / kDramBytesPerUs;
+  e.overhead_us = c.split > 1 ? 5.0 : 4.0;
+  return e;
+}
+
+struct Ranked {
+  Plan plan;
+  double total;
+};
+
+ErrorOr<std::vector<Ranked>> Rank(const Problem& p, int num_sms) {
+  for (int64_t size : {p.m, p.n, p.k, p.groups}) {
+    if (size < 1 || size > std::numeric_limits<int>::max()) {
+      return InvalidArgument("sizes must be between 1 and 2^31 - 1, got " + std::to_string(size));
+    }
+  }
+  if (p.groups > kMaxGroups) {
+    return InvalidArgument("groups: at most " + std::to_string(kMaxGroups) + ", got " +
+                           std::to_string(p.groups));
+  }
+  std::vector<Ranked> ranked;
+  for (const Candidate& candidate : Candidates(p.mode)) {
+    Plan plan;
+    plan.config = Configure(p, candidate);
+    plan.estimate = Cost(p, plan.config, candidate.cycles, num_sms);
+    ranked.push_back({plan, plan.estimate.total_us()});
+  }
+  std::stable_sort(ranked.begin(), ranked.end(),
+                   [](const Ranked& a, const Ranked& b) { return a.total < b.total; });
+  return ranked;
+}
+
+}  // namespace
+
+double Estimate::total_us() const { return std::max({tensor_us, l2_us, dram_us}) + overhead_us; }
+
+jit::KernelSpec Plan::Spec() const {
+  const Config& c = config;
+  std::string values;
+  for (int v : {c.mode, c.output, c.block_m, c.block_n, c.stages, c.math, c.multicast, c.split,
+                c.per_sm, c.depth, c.turns}) {
+    values += (values.empty() ? "" : ", ") + std::to_string(v);
+  }
+  jit::KernelSpec spec;
+  spec.file = "deep_gemm/kernels/gemm.cuh";
+  spec.entry = "jax_ds::deep_gemm::Gemm<jax_ds::deep_gemm::Config{" + values + "}>";
+  spec.shared_bytes = SharedBytes(c);
+  return spec;
+}
+
+int Plan::Band() const { return std::max(1, 1024 / config.block_m); }
+
+int64_t Plan::Clusters(const Problem& p) const {
+  const int64_t columns = CeilDiv(p.n, int64_t{config.block_n} * config.multicast);
+  int64_t row_tiles = CeilDiv(p.m, config.block_m);
+  if (p.mode == kGrouped) {
+    row_tiles += p.groups;  // each group, and the tail, may end in a partial tile
+  } else if (p.mode != kDense) {
+    row_tiles *= p.groups;
+  }
+  return columns * row_tiles;
+}
+
+ErrorOr<Mode> ParseMode(std::string_view name) {
+  if (name == "dense") return kDense;
+  if (name == "grouped") return kGrouped;
+  if (name == "masked") return kMasked;
+  if (name == "wgrad") return kWgrad;
+  return InvalidArgument("mode: must be dense, grouped, masked or wgrad, got " + std::string(name));
+}
+
+ErrorOr<Output> ParseOutput(std::string_view name, bool accumulate) {
+  if (name == "bfloat16" && !accumulate) return kBfloat16;
+  if (name == "float32") return accumulate ? kFloat32Add : kFloat32;
+  return InvalidArgument("output: must be bfloat16, or float32 to accumulate into, got " +
+                         std::string(name));
+}
+
+ErrorOr<Plan> Choose(const Problem& problem, int num_sms) {
+  JAX_DS_ASSIGN_OR_RETURN(std::vector<Ranked> ranked, Rank(problem, num_sms));
+  return ranked.front().plan;
+}
+
+ErrorOr<std::string> Explain(const Problem& problem, int num_sms) {
+  JAX_DS_ASSIGN_OR_RETURN(std::vector<Ranked> ranked, Rank(problem, num_sms));
+  std::string text =
+      "tile     stages math multicast split CTAs/SM depth  tensor us  L2 us  DRAM us  total us\n";
+  for (const Ranked& r : ranked) {
+    const Config& c = r.plan.config;
+    const Estimate& e = r.plan.estimate;
+    char line[160];
+    std::snprintf(line, sizeof(line), "%3dx%-4d %6d %4d %9d %5d %7d %5d %10.1f %6.1f %8.1f %9.1f\n",
+                  c.block_m, c.block_n, c.stages, c.math, c.multicast, c.split, c.per_sm, c.depth,
+                  e.tensor_us, e.l2_us, e.dram_us, r.total);
+    text += line;
+  }
+  return text;
+}
+
+std::vector<jit::KernelSpec> AllKernels() {
+  std::vector<jit::KernelSpec> specs;
+  for (Mode mode : {kDense, kGrouped, kMasked, kWgrad}) {
+    for (Output output : {kBfloat16, kFloat32, kFloat32Add}) {
+      if (mode == kWgrad ? output == kBfloat16 : output == kFloat32Add) continue;
+      for (const Candidate& candidate : Candidates(mode)) {
+        Plan plan;
+        plan.config = Configure({mode, output, 0, 0, 0, 0}, candidate);
+        specs.push_back(plan.Spec());
+      }
+    }
+  }
+  return specs;
+}
+
+}  // namespace jax_ds::deep_gemm

@@ -1,0 +1,132 @@
+"""The products' custom calls: shapes, layouts and attributes.
+
+Scales of 1x128 blocks are asked for column-major, so that whatever produces them writes them so:
+the kernel reads the scales of neighbouring rows.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jax_ds._runtime.call import ffi_call
+from jax_ds.quantization import Quantized
+
+_TARGET = "jax_ds_gemm"
+_MAX_GROUPS = 512
+_MAX_SIZE = 2**31 - 1
+
+
+def unsupported(lhs: Quantized, rhs: Quantized, num_groups: int = 1) -> str | None:
+    """Why the kernels cannot take these operands; None if they can."""
+    n, k = rhs.shape[-2:]
+    if k % 16:
+        return f"the contracted dimension must be a multiple of 16, got {k}"
+    if n % 8:
+        return f"the result's columns must be a multiple of 8, got {n}"
+    if num_groups > _MAX_GROUPS:
+        return f"there may be at most {_MAX_GROUPS} groups, got {num_groups}"
+    if max(lhs.values.size // k if k else 0, rhs.values.size // k if k else 0) > _MAX_SIZE:
+        return "operands may have at most 2^31 - 1 rows"
+    return None
+
+
+def gemm(lhs: Quantized, rhs: Quantized, *, out_dtype: DTypeLike) -> Float[Array, "M N"]:
+    """`lhs @ rhs.T`."""
+    shape = (lhs.shape[0], rhs.shape[0])
+    return _call("dense", lhs, rhs, None, None, shape, out_dtype)
+
+
+def grouped_gemm(
+    lhs: Quantized,
+    rhs: Quantized,
+    group_sizes: Int[Array, "G"],
+    *,
+    out_dtype: DTypeLike,
+    zero_tail: bool,
+) -> Float[Array, "M N"]:
+    """Consecutive rows of lhs times the transpose of their group's matrix."""
+    shape = (lhs.shape[0], rhs.shape[1])
+    return _call("grouped", lhs, rhs, group_sizes, None, shape, out_dtype, zero_tail)
+
+
+def masked_gemm(
+    lhs: Quantized,
+    rhs: Quantized,
+    group_sizes: Int[Array, "G"],
+    *,
+    out_dtype: DTypeLike,
+    zero_tail: bool,
+) -> Float[Array, "G M N"]:
+    """The first rows of every group times the transpose of its matrix."""
+    shape = (*lhs.shape[:2], rhs.shape[1])
+    return _call("masked", lhs, rhs, group_sizes, None, shape, out_dtype, zero_tail)
+
+
+def wgrad(
+    dy: Quantized, x: Quantized, accumulate: Float[Array, "N K"] | None
+) -> Float[Array, "N K"]:
+    """`accumulate + dy @ x.T` over tokens."""
+    shape = (dy.shape[0], x.shape[0])
+    return _call("wgrad", dy, x, None, accumulate, shape, jnp.float32)
+
+
+def grouped_wgrad(
+    dy: Quantized,
+    x: Quantized,
+    group_sizes: Int[Array, "G"],
+    accumulate: Float[Array, "G N K"] | None,
+) -> Float[Array, "G N K"]:
+    """`accumulate[g] + dy_g @ x_g.T` over the tokens of each group."""
+    shape = (group_sizes.shape[0], dy.shape[0], x.shape[0])
+    return _call("wgrad", dy, x, group_sizes, accumulate, shape, jnp.float32)
+
+
+def _call(
+    mode: str,
+    lhs: Quantized,
+    rhs: Quantized,
+    group_sizes: Int[Array, "G"] | None,
+    accumulate: Float[Array, "..."] | None,
+    shape: tuple[int, ...],
+    out_dtype: DTypeLike,
+    zero_tail: bool = True,
+) -> Any:
+    m, n, k = lhs.shape[-2], rhs.shape[-2], lhs.shape[-1]
+    dtype = jnp.dtype(out_dtype)
+    if 0 in (m, n, k) or 0 in shape:
+        return jnp.zeros(shape, dtype) if accumulate is None else accumulate
+    operands: list[Any] = [lhs.values, lhs.scales, rhs.values, rhs.scales]
+    layouts: list[Any] = [None, _column_major(lhs.ndim), None, None]
+    if mode == "wgrad":
+        layouts[3] = _column_major(rhs.ndim)
+    for operand in (group_sizes, accumulate):
+        if operand is not None:
+            operands.append(operand)
+            layouts.append(None)
+    (out,) = ffi_call(
+        _TARGET,
+        [jax.ShapeDtypeStruct(shape, dtype)],
+        *operands,
+        attributes={
+            "mode": mode,
+            "output": dtype.name,
+            "m": m,
+            "n": n,
+            "k": k,
+            "groups": 1 if group_sizes is None else group_sizes.shape[0],
+            "accumulate": accumulate is not None,
+            "zero_tail": zero_tail,
+        },
+        input_layouts=layouts,
+        aliases=None if accumulate is None else {len(operands) - 1: 0},
+    )
+    return out
+
+
+@functools.cache
+def _column_major(ndim: int) -> tuple[int, ...]:
+    return (*range(ndim - 2), ndim - 1, ndim - 2)
