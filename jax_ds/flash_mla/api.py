@@ -102,6 +102,44 @@ def decode(
     return (out, lse) if return_lse else out
 
 
+def explain(
+    q: Any, kv_pages: Any, *, value_dim: int = 512, implementation: Implementation = None
+) -> str:
+    """Says in a sentence how `decode` would run for operands of these shapes and dtypes.
+
+    The choice is analytic, by the number of query rows R = S * H. For R <= 32 the work is bound
+    by the cache's bytes (the roofline crosses at about R = 92): the cache's tokens fill the tensor
+    cores' rows and the query rows are padded to a multiple of 8 only. Above, CTAs take 64 query
+    rows each, and pairs of them share their loads where the number of such tiles is even.
+
+    Args:
+      q: the queries [B, S, H, D], or anything with a shape and a dtype.
+      kv_pages: likewise [P, L, D].
+      value_dim: as in `decode`.
+      implementation: as in `decode`.
+
+    Returns:
+      A sentence for people; its wording may change.
+
+    Raises:
+      ValueError: q or kv_pages of wrong rank.
+    """
+    check_rank("q", q, 4)
+    check_rank("kv_pages", kv_pages, 3)
+    reason = ffi.decode_unsupported(q, kv_pages, value_dim)
+    if implementation == "xla" or reason is not None:
+        return f"portable implementation: {reason or 'asked for'}"
+    batch, tokens, heads, _ = q.shape
+    kernel, rows, cluster = ffi.decode_tile(tokens * heads)
+    tiles = -(-tokens * heads // rows)
+    return (
+        f"{kernel} kernel on Hopper (portable elsewhere): {batch} requests x {tokens * heads} "
+        f"query rows as {tiles} tile{'s' if tiles > 1 else ''} of {rows}, "
+        f"{'pairs of CTAs share loads of the cache, ' if cluster == 2 else ''}"
+        "blocks of 64 tokens shared out evenly over all multiprocessors on the device"
+    )
+
+
 def append(
     kv_pages: Float[Array, "P L D"],
     kv: Float[Array, "B S D"],
@@ -214,17 +252,26 @@ def prefill(
 
 
 def _decode_forward(config: DecodeConfig, *operands: Any) -> Any:
+    q, kv_pages, *_ = operands
     return choose(
         "flash_mla.decode",
         config.implementation,
         operands,
         xla=functools.partial(xla.decode, config),
-        cuda=None,
+        cuda=functools.partial(ffi.decode, config),
+        unsupported=ffi.decode_unsupported(q, kv_pages, config.value_dim),
     )
 
 
 def _append_forward(implementation: Implementation, *operands: Any) -> Any:
-    return choose("flash_mla.append", implementation, operands, xla=xla.append, cuda=None)
+    return choose(
+        "flash_mla.append",
+        implementation,
+        operands,
+        xla=xla.append,
+        cuda=ffi.append,
+        unsupported=ffi.append_unsupported(operands[0]),
+    )
 
 
 def _prefill_forward(config: PrefillConfig, *operands: Any) -> Any:

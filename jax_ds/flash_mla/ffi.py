@@ -7,12 +7,101 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ds._runtime.call import ffi_call
-from jax_ds.flash_mla.config import PrefillConfig
+from jax_ds.flash_mla.config import DecodeConfig, PrefillConfig
 
 Array = jax.Array
 
+# Of the decode kernels: width of a row, of its value; tokens of a block; CTAs with a workspace.
+_ROW, _VALUE, _BLOCK, _MAX_CTAS = 576, 512, 64, 132
+_NARROW_ROWS, _WIDE_ROWS = 32, 64
+
 # Widths of queries, of the part of the keys that all heads share, and of values.
 _PREFILL_HEADS = ((192, 64, 128), (192, 0, 128), (128, 0, 128), (64, 0, 64))
+
+
+def decode_unsupported(q: Array, kv_pages: Array, value_dim: int) -> str | None:
+    """Why the decode kernels cannot take these operands; None if they can."""
+    return _cache_unsupported(kv_pages) or (
+        f"the kernels take value_dim {_VALUE}, got {value_dim}" if value_dim != _VALUE else None
+    )
+
+
+def append_unsupported(kv_pages: Array) -> str | None:
+    """Why the append kernel cannot take these pages; None if it can."""
+    if kv_pages.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernels take bfloat16 and float16, got {kv_pages.dtype.name}"
+    if kv_pages.shape[2] != _ROW:
+        return f"the kernels take rows of {_ROW}, got {kv_pages.shape[2]}"
+    return None
+
+
+def _cache_unsupported(kv_pages: Array) -> str | None:
+    reason = append_unsupported(kv_pages)
+    if reason is None and kv_pages.shape[1] % _BLOCK:
+        return f"the kernels take page sizes that {_BLOCK} divides, got {kv_pages.shape[1]}"
+    return reason
+
+
+def decode_tile(query_rows: int) -> tuple[str, int, int]:
+    """The kernel for S * H query rows: its name, rows a CTA works on, CTAs of a cluster."""
+    if query_rows <= _NARROW_ROWS:
+        return "narrow", -(-query_rows // 8) * 8, 1
+    return "wide", _WIDE_ROWS, 1 if -(-query_rows // _WIDE_ROWS) % 2 else 2
+
+
+def decode(
+    config: DecodeConfig, q: Array, kv_pages: Array, page_table: Array, seq_lens: Array
+) -> tuple[Array, Array]:
+    """`api.decode`: out [B, S, H, 512] and lse [B, S, H]."""
+    batch, tokens, heads, _ = q.shape
+    out = jax.ShapeDtypeStruct((batch, tokens, heads, _VALUE), q.dtype)
+    lse = jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32)
+    if min(q.size, kv_pages.size, page_table.size) == 0:
+        return jnp.zeros(out.shape, out.dtype), jnp.full(lse.shape, -jnp.inf, lse.dtype)
+    # Where requests are split, each CTA leaves at most two parts. The scratch space is a result:
+    # memory that a handler allocates would keep the call out of command buffers.
+    rows = 2 * _MAX_CTAS * decode_tile(tokens * heads)[1]
+    workspace = [
+        jax.ShapeDtypeStruct((rows, _VALUE), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+        jax.ShapeDtypeStruct((batch, 2), jnp.int32),
+    ]
+    results = ffi_call(
+        "jax_ds_flash_mla_decode",
+        [out, lse, *workspace],
+        q,
+        kv_pages,
+        page_table,
+        seq_lens,
+        attributes={
+            "tokens": tokens,
+            "heads": heads,
+            "half": q.dtype == jnp.float16,
+            "causal": config.causal,
+            "scale": np.float32(config.scale),
+        },
+        # Batched calls would need a copy of the pages for every element that shares them.
+        vmap_method="sequential",
+    )
+    return results[0], results[1]
+
+
+def append(kv_pages: Array, kv: Array, page_table: Array, seq_lens: Array) -> Array:
+    """`api.append`: the pages, updated in place."""
+    if min(kv.size, kv_pages.size, page_table.size) == 0:
+        return kv_pages
+    pages: Array = ffi_call(
+        "jax_ds_flash_mla_append",
+        [jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype)],
+        kv_pages,
+        kv,
+        page_table,
+        seq_lens,
+        attributes={},
+        aliases={0: 0},
+        vmap_method="sequential",
+    )[0]
+    return pages
 
 
 def prefill_unsupported(

@@ -1,0 +1,90 @@
+#include "flash_mla/decode_plan.h"
+
+#include <algorithm>
+#include <string>
+
+namespace jax_ds::flash_mla {
+namespace {
+
+constexpr char kSpace[] = "jax_ds::flash_mla::";
+
+std::string Element(bool half) { return half ? "jax_ds::wgmma::F16" : "jax_ds::wgmma::Bf16"; }
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+ErrorOr<DecodeConfig> PlanDecode(int64_t query_rows, bool half) {
+  if (query_rows < 1 || query_rows > int64_t{1} << 24) {
+    return InvalidArgument("q: tokens times heads must lie in [1, 2^24], got " +
+                           std::to_string(query_rows));
+  }
+  if (query_rows <= kNarrowMaxRows) {
+    return DecodeConfig{true, static_cast<int>(CeilDiv(query_rows, 8) * 8), 1, half};
+  }
+  const bool even = CeilDiv(query_rows, kWideRows) % 2 == 0;
+  return DecodeConfig{false, kWideRows, even ? 2 : 1, half};
+}
+
+DecodeLaunch LaunchDecode(const DecodeConfig& c, int64_t query_rows, int multiprocessors) {
+  DecodeLaunch launch;
+  launch.tile_rows = c.rows * c.cluster;
+  launch.row_groups = static_cast<int>(CeilDiv(query_rows, launch.tile_rows));
+  const int clusters = std::min(multiprocessors, kMaxCtas) / c.cluster;
+  launch.num_groups = std::max(1, clusters / launch.row_groups);
+  launch.grid = static_cast<unsigned int>(launch.num_groups * launch.row_groups * c.cluster);
+  launch.block = c.narrow ? kNarrowThreads : kWideThreads;
+  // One group alone splits nothing.
+  launch.workspace_rows = launch.num_groups == 1 ? 0
+                                                 : int64_t{2} * launch.num_groups *
+                                                       launch.row_groups * launch.tile_rows;
+  return launch;
+}
+
+CombineLaunch LaunchCombine(const DecodeLaunch& decode, int64_t batch, int64_t query_rows) {
+  constexpr int kManyParts = 16;
+  constexpr int kWarps = kCombineThreads / 32;
+  const int64_t rows = batch * query_rows;
+  const bool many = decode.num_groups >= kManyParts * batch;
+  return {many, static_cast<unsigned int>(many ? 4 * rows : CeilDiv(rows, kWarps))};
+}
+
+jit::KernelSpec DecodeSpec(const DecodeConfig& c) {
+  const std::string space = kSpace;
+  const std::string name = c.narrow ? "Narrow" : "Wide";
+  jit::KernelSpec spec;
+  spec.file = std::string("flash_mla/kernels/") + (c.narrow ? "narrow.cuh" : "wide.cuh");
+  spec.entry = space + (c.narrow ? "decode_narrow<" : "decode_wide<") + space + name + "Config<" +
+               std::to_string(c.narrow ? c.rows : c.cluster) + ", " + Element(c.half) + ">>";
+  spec.shared_bytes = kMaxSharedBytes;
+  return spec;
+}
+
+jit::KernelSpec CombineSpec(bool many, bool half) {
+  jit::KernelSpec spec;
+  spec.file = "flash_mla/kernels/combine.cuh";
+  spec.entry =
+      std::string(kSpace) + (many ? "combine_many<" : "combine_few<") + Element(half) + ">";
+  return spec;
+}
+
+jit::KernelSpec AppendSpec() {
+  jit::KernelSpec spec;
+  spec.file = "flash_mla/kernels/append.cuh";
+  spec.entry = std::string(kSpace) + "append";
+  return spec;
+}
+
+std::vector<jit::KernelSpec> AllDecodeKernels() {
+  std::vector<jit::KernelSpec> specs = {AppendSpec()};
+  for (bool half : {false, true}) {
+    for (int rows = 8; rows <= kNarrowMaxRows; rows += 8) {
+      specs.push_back(DecodeSpec({true, rows, 1, half}));
+    }
+    for (int cluster : {1, 2}) specs.push_back(DecodeSpec({false, kWideRows, cluster, half}));
+    for (bool many : {false, true}) specs.push_back(CombineSpec(many, half));
+  }
+  return specs;
+}
+
+}  // namespace jax_ds::flash_mla
