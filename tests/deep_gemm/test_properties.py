@@ -11,7 +11,7 @@ from tests.deep_gemm import cases
 from tests.deep_gemm.cases import GemmCase, GroupedCase
 
 few = hypothesis.settings(
-    max_examples=6,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],

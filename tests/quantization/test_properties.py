@@ -1,7 +1,10 @@
 """Properties of the quantizers on random shapes, sizes and data."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,7 +37,8 @@ def _operand(shape: tuple[int, ...], decades: float, seed: int) -> np.ndarray:
 def test_bits_on_random_shapes(m: int, k: int, decades: float, scale_dtype: str, seed: int) -> None:
     x = _operand((m, k), decades, seed)
     for operation in cases.OPERATIONS:
-        actual = operation.run(jnp.asarray(x), None, scale_dtype=scale_dtype, implementation="xla")
+        run = functools.partial(operation.run, scale_dtype=scale_dtype, implementation="xla")
+        actual = jax.jit(run)(x, None)
         cases.assert_same_bits(actual, operation.expect(x, None, scale_dtype), m)
 
 
@@ -48,9 +52,8 @@ def test_bits_on_random_shapes(m: int, k: int, decades: float, scale_dtype: str,
 def test_columns_on_random_groups(sizes: list[int], spare: int, k: int, seed: int) -> None:
     x = _operand((sum(sizes) + spare, k), 1.0, seed)
     x[sum(sizes) :] = np.nan
-    _, columns = quantization.quantize_1x128_both(
-        jnp.asarray(x), jnp.asarray(sizes, jnp.int32), implementation="xla"
-    )
+    run = jax.jit(functools.partial(quantization.quantize_1x128_both, implementation="xla"))
+    _, columns = run(x, jnp.asarray(sizes, jnp.int32))
     values, scales = reference.quantize_columns(x, sizes)
     np.testing.assert_array_equal(cases.bits(columns.values), cases.bits(values))
     np.testing.assert_array_equal(columns.scales, scales)
