@@ -1,5 +1,8 @@
 // Keys, and what happens without a compiler.
+#include <memory>
 #include <set>
+#include <thread>
+#include <vector>
 
 #include "jit/compiler.h"
 #include "tests/native/testing.h"
@@ -82,11 +85,33 @@ void Cached() {
   CHECK(other.has_value() && *other != *kernel);
 }
 
+// However many threads ask for a kernel, one fetches it and all get the same.
+void Threads() {
+  TemporaryFolder root;
+  root.Write("a.cuh", "kernel");
+  Compiler compiler({root.path(), root.path() + "/cache", {root.path() + "/libnvrtc.so.13"}});
+  const KernelSpec spec = {"a.cuh", "entry", {}, 0};
+  const std::string code(1 << 20, 'x');
+  jax_ds::jit::DiskCache(root.path() + "/cache").Write(*compiler.Key(spec), {code, "name", ""});
+  std::vector<std::shared_ptr<const jax_ds::jit::Kernel>> kernels(8);
+  std::vector<std::thread> threads;
+  for (auto& kernel : kernels) {
+    threads.emplace_back([&] {
+      auto got = compiler.Get(spec);
+      if (got.has_value()) kernel = *got;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(kernels.front() != nullptr);
+  for (const auto& kernel : kernels) CHECK(kernel == kernels.front());
+}
+
 }  // namespace
 
 int main() {
   Keys();
   Missing();
   Cached();
+  Threads();
   return jax_ds::testing::failures;
 }
