@@ -82,9 +82,9 @@ def _diagnose() -> None:
     print("what runs natively")
     reason = native.why_not_native()
     for room in sorted({room for room, _ in _kernels_or_none()}):
-        _row(room, reason or "yes")
+        _row(room, "no, through XLA" if reason else "yes")
     if reason:
-        _row("everything", "runs through XLA (implementation='xla')")
+        _row("because", reason)
 
 
 def _row(name: str, value: str) -> None:
@@ -116,7 +116,10 @@ def _driver(module: Any) -> str:
 
 
 def _gpus(module: Any) -> str:
-    _, devices = module.driver()
+    try:
+        _, devices = module.driver()
+    except RuntimeError:
+        return "none"
     return ", ".join(f"{name} ({major}.{minor})" for name, major, minor in devices) or "none"
 
 
