@@ -54,7 +54,7 @@ GPU_EXTRA = $(shell if ldconfig -p 2>/dev/null | grep -q 'libcuda\.so\.1'; then 
 
 .PHONY: help
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*##  */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 23
+	@sed -n 's/^\([a-z-]*\):.*##  */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 27
 
 $(VENV)/.installed: pyproject.toml
 	@python=$$($(find_python)); "$$python" -m venv $(VENV)
@@ -132,11 +132,15 @@ doctor: setup  ## what this machine has, what will run natively and why; ARGS=--
 gpu-test: setup  ## the tests that need a Hopper GPU; writes tests/gpu/results.json
 	$(PY) tests/gpu/run.py $(ARGS)
 
+RANKS ?= 8
+NODES ?= 1
+.PHONY: gpu-test-multirank
+gpu-test-multirank: setup  ## communication kernels, RANKS=8 processes that may share a GPU
+	$(PY) tests/gpu/multirank.py --ranks $(RANKS) --nodes $(NODES) $(if $(ARGS),-- $(ARGS))
+
 .PHONY: bench
 bench: setup  ## all benchmarks, on a GPU machine; writes benchmarks/results/ and the documents' tables
-	for file in $(filter-out %/__init__.py %/timing.py %/tables.py,$(wildcard benchmarks/*.py)); do \
-	  $(PY) -m "benchmarks.$$(basename "$$file" .py)"; \
-	done
+	$(PY) -m benchmarks $(ARGS)
 	$(PY) -m benchmarks.tables
 
 .PHONY: wheel

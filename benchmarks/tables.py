@@ -1,8 +1,8 @@
 """Writes the tables of the documents from the recorded results: `python -m benchmarks.tables`.
 
 A table stands between `<!-- benchmarks ROOM PATTERN -->` and `<!-- end -->` and shows the rows of
-results/h200.json whose names match the pattern, all without one. `--check` changes nothing and
-fails where a document is out of date.
+results/h200.json whose names match the pattern, all without one; the room `all` stands for a
+section per room. `--check` changes nothing and fails where a document is out of date.
 """
 
 import json
@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 _COPY, _PRODUCT = "yardstick copy", "yardstick bf16"
-_BLOCK = re.compile(r"(<!-- benchmarks (\w+) ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- benchmarks (\w+)( [^\n]+?)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], pattern: str) -> str:
@@ -47,9 +47,12 @@ def fill(text: str, results: Mapping[str, Any]) -> str:
 
     def block(match: re.Match[str]) -> str:
         begin, room, pattern, end = match.groups()
+        if room == "all":
+            parts = [f"## {name}\n\n{table(part['rows'], '')}" for name, part in results.items()]
+            return begin + "\n" + "\n".join(parts) + "\n" + end
         if room not in results:
             return f"{begin}Not measured yet.\n{end}"
-        return f"{begin}\n{table(results[room]['rows'], pattern)}\n{end}"
+        return f"{begin}\n{table(results[room]['rows'], (pattern or '').strip())}\n{end}"
 
     return _BLOCK.sub(block, text)
 

@@ -38,6 +38,8 @@ def test_tables_show_matching_rows_beside_their_yardsticks() -> None:
         "product": {"us": 3.0, "gb_s": 100, "tflops": 1200, "launches": 2},
     }
     text = "a\n<!-- benchmarks room small|product -->\nold\n<!-- end -->\nb\n"
+    everything = text.replace(" small|product", "")
+    assert tables.fill(everything, {"room": {"rows": rows}}).count("\n| ") == 2 + len(rows)
     lines = tables.fill(text, {"room": {"rows": rows}}).splitlines()
     assert "| small | 2.2 | 1000 |  | 1 | 0.25 |" in lines
     assert "| product | 3.0 | 100 | 1200 | 2 | 1.50 |" in lines
