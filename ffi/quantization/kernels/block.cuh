@@ -143,9 +143,9 @@ JAX_DS_DEVICE bool is_huge(float scale) {
 }
 
 // A divisor d as its reciprocal in two parts, 1/d = high + low to 2^-44, so that x * high + x * low
-// rounds as the IEEE quotient does. Exhaustive over the pairs of bfloat16 x and amax that matter,
-// this is so for every one; of pairs of float32 about one in 2^43 could round to the FP8 code next
-// to the right one. `low` is never negative, so that -0 stays -0.
+// rounds as the IEEE quotient does: for every pair of bfloat16 x and amax (test_division.py). Of
+// pairs of float32 about one in 2^43 might give the FP8 code next to the right one. `low` is never
+// negative, so that -0 stays -0.
 struct Reciprocal {
   float high, low;
 

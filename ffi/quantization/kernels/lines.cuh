@@ -14,7 +14,7 @@ struct LinesConfig {
   static constexpr Input kInput = kInput_;
   static constexpr bool kSwiglu = kSwiglu_;    // x: [M, 2K], gate first
   static constexpr bool kAligned = kAligned_;  // K is a multiple of 16
-  // CTAs an SM holds at once, as far as shared memory allows.
+  // CTAs an SM holds at once, as far as shared memory and registers allow.
   static constexpr int kMinCtas = !kAligned || (kInput == Input::kFloat32 && kSwiglu) ? 1
                                   : kInput == Input::kFloat32 || kSwiglu              ? 2
                                                                                       : 3;
