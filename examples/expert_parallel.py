@@ -15,7 +15,7 @@ def main(_: list[str]) -> None:
     mesh, axis = launch.start()
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=jax.P(axis), out_specs=jax.P(axis))
-    def layer(x, ids, weights):  # type: ignore[no-untyped-def]
+    def layer(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         plan = deep_ep.plan_dispatch(ids, num_experts=16, axis_name=axis)
         rows = deep_ep.dispatch(x, plan)  # [C, H], grouped by local expert: plan.group_sizes
         return deep_ep.combine(2 * rows, plan, weights)  # every expert doubles its tokens

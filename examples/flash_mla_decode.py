@@ -1,13 +1,16 @@
 """flash_mla in twenty lines: one decode step of latent attention on a paged cache."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jax_ds import flash_mla
 
 
 @jax.jit
-def step(q: jax.Array, row: jax.Array, pages: jax.Array, table: jax.Array, lengths: jax.Array):  # type: ignore[no-untyped-def]
+def step(q: Array, row: Array, pages: Array, table: Array, lengths: Array) -> tuple[Any, Array]:
     pages = flash_mla.append(pages, row, table, lengths)
     return flash_mla.decode(q, pages, table, lengths, scale=192**-0.5), pages
 

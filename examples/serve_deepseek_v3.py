@@ -49,7 +49,7 @@ def serve(
     prompts: Sequence[str] = _PROMPTS,
     *,
     new_bytes: int = 96,
-    temperature: float = 0.5,
+    temperature: float = 0.7,
     shown: int = 6,
 ) -> list[str]:
     """Loads the weights in `folder`, completes the prompts, prints the first ones and the speed."""
@@ -116,5 +116,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", "demo-out", "folder that train_deepseek_v3.py wrote")
     flags.DEFINE_multi_string("prompt", [], "texts to continue (default: a few of Python)")
     flags.DEFINE_integer("new_bytes", 96, "about how many bytes each prompt is continued by")
-    flags.DEFINE_float("temperature", 0.5, "0 takes the likeliest byte")
+    flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest byte")
     app.run(main)

@@ -31,6 +31,8 @@ class ModelConfig:
       precision: "fp8" or "bf16" for the products of projections, MLPs and experts. Embedding,
         router, norms, attention and the output head are never quantized.
       remat: recompute each layer in the backward pass instead of saving its activations.
+      unroll: write the layers out instead of scanning over them: larger programs, no stacked
+        activations, which XLA's CPU backend copies.
       implementation: as everywhere in jax_ds.
     """
 

@@ -25,9 +25,8 @@ TINY = models.ModelConfig(
     precision="bf16",
 )
 CASES = {
-    "bf16": TINY,
     "fp8": dataclasses.replace(TINY, precision="fp8"),
-    "compressed queries, no dense layer, no shared expert": dataclasses.replace(
+    "bf16, compressed queries, no dense layer, no shared expert": dataclasses.replace(
         TINY, q_lora=32, num_dense_layers=0, num_layers=2, shared_ffn=0
     ),
 }

@@ -36,11 +36,11 @@ def test_any_mesh_gives_the_losses_of_one_device(sizes: tuple[int, ...], one_dev
     _, metrics = _train(tiny.config(axis_name=axis, remat=len(sizes) == 2), mesh, range(8))
     expected = one_device[1]
     for ours, theirs in zip(metrics, expected, strict=True):
-        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=2e-2)
+        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=5e-3)
         assert ours.load.sum() == theirs.load.sum() == 8 * 16 * 2
     np.testing.assert_allclose(metrics[0].loss, expected[0].loss, rtol=1e-4)
     np.testing.assert_allclose(metrics[0].grad_norm, expected[0].grad_norm, rtol=1e-2)
-    assert metrics[-1].loss < 0.7 * metrics[0].loss
+    assert metrics[-1].loss < 0.8 * metrics[0].loss
 
 
 def test_the_bias_follows_the_load(one_device: Any) -> None:
@@ -78,7 +78,7 @@ def test_fp8_learns_and_resumes_to_the_bit(
         state, metrics = step(state, tiny.put(tiny.tokens(i), mesh))
         losses.append(float(metrics.loss))
     reference = [float(m.loss) for m in one_device[1]]
-    np.testing.assert_allclose(losses, reference, rtol=0.05)
+    np.testing.assert_allclose(losses, reference, rtol=0.02)
 
     specs = models.state_specs(config, tiny.TRAIN)
     resumed = models.load_tree(path, jax.eval_shape(lambda: state), mesh, specs)

@@ -24,7 +24,7 @@ CONFIG = models.ModelConfig(
     routed_scaling=1.5,
     precision="bf16",
 )
-TRAIN = models.TrainConfig(steps=8, peak_rate=1e-2, warmup=2, bias_rate=0.01)
+TRAIN = models.TrainConfig(steps=8, peak_rate=3e-3, warmup=2, bias_rate=0.01)
 
 
 def config(**changes: Any) -> models.ModelConfig:

@@ -120,8 +120,9 @@ def _float32(tree: Any) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("axis_type", "check_vma"), [(AxisType.Auto, True), (AxisType.Explicit, False)]
+)
 def test_scan_remat_and_both_kinds_of_mesh(axis_type: Any, check_vma: bool) -> None:
     """Two layers of the same weights under scan and remat, gradients taken inside shard_map."""
     case = dataclasses.replace(CASES[0], mesh=(2,), experts=8, tokens=12)

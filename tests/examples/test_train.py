@@ -1,0 +1,117 @@
+"""The training example as a user runs it: several processes, interruption, serving."""
+
+import csv
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = (
+    "--hidden=64",
+    "--layers=2",
+    "--heads=1",
+    "--experts=8",
+    "--batch=8",
+    "--length=16",
+    "--precision=bf16",
+    "--capacity_factor=0",
+    "--steps=3",
+    "--data=" + str(ROOT / "jax_ds"),
+)
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
+        "NPROC": "32",
+    }
+
+
+def _run(*command: str | pathlib.Path) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def _losses(folder: pathlib.Path) -> list[float]:
+    with (folder / "loss.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
+    """A run in one process with eight devices."""
+    folder = tmp_path_factory.mktemp("single")
+    train = ROOT / "examples" / "train_deepseek_v3.py"
+    return folder, _run(sys.executable, train, *SMALL, f"--out={folder}")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(
+    single: tuple[pathlib.Path, str], tmp_path: pathlib.Path
+) -> None:
+    launcher = ROOT / "examples" / "multi_process.sh"
+    _run(launcher, "2", *SMALL, "--nodecode", f"--out={tmp_path}")
+    losses = _losses(tmp_path)
+    assert len(losses) == 3
+    np.testing.assert_allclose(losses, _losses(single[0]), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_run_leaves_what_it_promises(single: tuple[pathlib.Path, str]) -> None:
+    folder, output = single
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"checkpoint.npz", "weights.npz", "config.json", "loss.csv", "loss.png"}
+    for words in ("byte bigram", "Expert load", "tokens per second", "import "):
+        assert words in output
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed(single: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
+    """Ctrl-C saves after the step it meets; --resume ends with the uninterrupted losses."""
+    train = ROOT / "examples" / "train_deepseek_v3.py"
+    command = [sys.executable, train, *SMALL, "--nodecode", f"--out={tmp_path}"]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    # The line before the first step: the signal meets the step that compiles.
+    first = process.stdout.readline()
+    assert "parameters" in first
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 130, output
+    assert "Interrupted after step 1; saved." in output
+    assert len(_losses(tmp_path)) == 1
+    _run(*command, "--resume")
+    assert _losses(tmp_path) == _losses(single[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("flash_mla_decode", 0.01, 1.0), ("fp8_linear", 1e-4, 0.01), ("expert_parallel", 0.0, 0.0)],
+)
+def test_short_example(name: str, least: float, most: float) -> None:
+    """The number that ends the output: a mean square, a loss, a difference."""
+    output = _run(sys.executable, ROOT / "examples" / f"{name}.py")
+    assert least <= float(output.split()[-1]) <= most
