@@ -22,6 +22,9 @@ enum DeviceAttribute : int {
   kComputeCapabilityMinor = 76,
 };
 
+constexpr unsigned int kHostAllocPortableMapped = 1 | 2;
+constexpr unsigned int kNonBlockingStream = 1;
+
 enum FunctionAttribute : int {
   kSharedSizeBytes = 1,
   kLocalSizeBytes = 3,

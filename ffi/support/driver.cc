@@ -36,6 +36,17 @@ ErrorOr<Driver> Driver::Open() {
               "cuOccupancyMaxActiveBlocksPerMultiprocessor");
   JAX_DS_FIND(cuMemsetD8Async, "cuMemsetD8Async");
   JAX_DS_FIND(cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2");
+  JAX_DS_FIND(cuMemAlloc, "cuMemAlloc_v2");
+  JAX_DS_FIND(cuMemFree, "cuMemFree_v2");
+  JAX_DS_FIND(cuMemHostAlloc, "cuMemHostAlloc");
+  JAX_DS_FIND(cuMemHostGetDevicePointer, "cuMemHostGetDevicePointer_v2");
+  JAX_DS_FIND(cuMemsetD8, "cuMemsetD8_v2");
+  JAX_DS_FIND(cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2");
+  JAX_DS_FIND(cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2");
+  JAX_DS_FIND(cuCtxSynchronize, "cuCtxSynchronize");
+  JAX_DS_FIND(cuStreamCreate, "cuStreamCreate");
+  JAX_DS_FIND(cuStreamSynchronize, "cuStreamSynchronize");
+  JAX_DS_FIND(cuStreamDestroy, "cuStreamDestroy_v2");
   JAX_DS_FIND(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled");
 #undef JAX_DS_FIND
   JAX_DS_RETURN_IF_ERROR(d.Check(d.cuInit(0), "cuInit"));

@@ -64,6 +64,17 @@ struct Driver {
   cuda::Result (*cuOccupancyMaxActiveBlocksPerMultiprocessor)(int*, cuda::Function, int, size_t);
   cuda::Result (*cuMemsetD8Async)(cuda::DevicePtr, unsigned char, size_t, cuda::Stream);
   cuda::Result (*cuMemcpyDtoDAsync)(cuda::DevicePtr, cuda::DevicePtr, size_t, cuda::Stream);
+  cuda::Result (*cuMemAlloc)(cuda::DevicePtr*, size_t);
+  cuda::Result (*cuMemFree)(cuda::DevicePtr);
+  cuda::Result (*cuMemHostAlloc)(void**, size_t, unsigned int);
+  cuda::Result (*cuMemHostGetDevicePointer)(cuda::DevicePtr*, void*, unsigned int);
+  cuda::Result (*cuMemsetD8)(cuda::DevicePtr, unsigned char, size_t);
+  cuda::Result (*cuMemcpyHtoDAsync)(cuda::DevicePtr, const void*, size_t, cuda::Stream);
+  cuda::Result (*cuMemcpyDtoHAsync)(void*, cuda::DevicePtr, size_t, cuda::Stream);
+  cuda::Result (*cuCtxSynchronize)();
+  cuda::Result (*cuStreamCreate)(cuda::Stream*, unsigned int);
+  cuda::Result (*cuStreamSynchronize)(cuda::Stream);
+  cuda::Result (*cuStreamDestroy)(cuda::Stream);
   cuda::Result (*cuTensorMapEncodeTiled)(void* map, int data_type, unsigned int rank, void* base,
                                          const uint64_t* dims, const uint64_t* strides,
                                          const uint32_t* box, const uint32_t* element_strides,

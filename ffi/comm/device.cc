@@ -1,0 +1,119 @@
+#include "comm/device.h"
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <mutex>
+
+#include "support/driver.h"
+
+namespace jax_ds::comm {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+struct Records {
+  std::array<std::once_flag, kMaxDevices> once;
+  std::array<std::unique_ptr<ErrorOr<DeviceRecord>>, kMaxDevices> made;
+  std::array<std::atomic<const DeviceRecord*>, kMaxDevices> ready = {};
+};
+
+// Kept to the end of the process: XLA may replay a graph that holds these addresses.
+Records& ProcessRecords() {
+  static Records* const records = new Records;
+  return *records;
+}
+
+std::atomic<int64_t> timeout_ns{60'000'000'000};
+
+ErrorOr<DeviceRecord> Make(int ordinal) {
+  JAX_DS_ASSIGN_OR_RETURN(const Driver* driver, Driver::Get());
+  DeviceRecord record = {};
+  Error status = driver->WithContext(ordinal, [&]() -> Error {
+    void* host = nullptr;
+    cuda::DevicePtr dead = 0, failure = 0;
+    JAX_DS_RETURN_IF_ERROR(driver->Check(
+        driver->cuMemHostAlloc(&host, sizeof(Failure), cuda::kHostAllocPortableMapped),
+        "cuMemHostAlloc"));
+    JAX_DS_RETURN_IF_ERROR(driver->Check(driver->cuMemHostGetDevicePointer(&failure, host, 0),
+                                         "cuMemHostGetDevicePointer"));
+    JAX_DS_RETURN_IF_ERROR(driver->Check(driver->cuMemAlloc(&dead, 256), "cuMemAlloc"));
+    JAX_DS_RETURN_IF_ERROR(driver->Check(driver->cuMemsetD8(dead, 0, 256), "cuMemsetD8"));
+    *static_cast<Failure*>(host) = Failure{};
+    record.dead = reinterpret_cast<unsigned int*>(dead);
+    record.failure = static_cast<const Failure*>(host);
+    record.failure_on_device = reinterpret_cast<Failure*>(failure);
+    return Error::Success();
+  });
+  if (status.failure()) return status;
+  return record;
+}
+
+bool Complete(const Failure& failure) {
+  return __atomic_load_n(&failure.complete, __ATOMIC_ACQUIRE) != 0;
+}
+
+const char* Name(int operation) {
+  switch (static_cast<Operation>(operation)) {
+    case Operation::kDispatch:
+      return "dispatch";
+    case Operation::kCombine:
+      return "combine";
+    case Operation::kLowLatencyDispatch:
+      return "low_latency_dispatch";
+    case Operation::kLowLatencyCombine:
+      return "low_latency_combine";
+  }
+  return "an unknown operation";
+}
+
+}  // namespace
+
+void SetTimeout(std::chrono::nanoseconds timeout) { timeout_ns = timeout.count(); }
+
+std::chrono::nanoseconds Timeout() { return std::chrono::nanoseconds(timeout_ns.load()); }
+
+ErrorOr<const DeviceRecord*> GetDeviceRecord(int ordinal) {
+  if (ordinal < 0 || ordinal >= kMaxDevices) {
+    return Internal("device ordinal " + std::to_string(ordinal) + " is out of range");
+  }
+  Records& records = ProcessRecords();
+  std::call_once(records.once[ordinal], [&] {
+    auto& made = records.made[ordinal];
+    made = std::make_unique<ErrorOr<DeviceRecord>>(Make(ordinal));
+    if (!made->has_error()) records.ready[ordinal].store(&made->value());
+  });
+  const DeviceRecord* record = records.ready[ordinal].load();
+  if (record == nullptr) return records.made[ordinal]->error();
+  return record;
+}
+
+std::string Describe(const Failure& failure) {
+  const std::string where = std::string("deep_ep.") + Name(failure.operation) + ", rank " +
+                            std::to_string(failure.rank) + ", round " +
+                            std::to_string(failure.round) + ": ";
+  const std::string peer = std::to_string(failure.peer);
+  if (failure.fault == static_cast<int>(Fault::kRankMismatch)) {
+    return where + "NCCL numbers this rank " + peer + ", the mesh does not; report it";
+  }
+  return where + "waited in vain for rank " + peer + " (JAX_DS_TIMEOUT_S); did it stop, or make " +
+         "other calls than this rank? Restart all ranks";
+}
+
+Error CheckDevice(const DeviceRecord& record) {
+  if (!Complete(*record.failure)) return Error::Success();
+  return Internal(Describe(*record.failure));
+}
+
+std::vector<std::string> Failures() {
+  std::vector<std::string> failures;
+  for (const auto& ready : ProcessRecords().ready) {
+    const DeviceRecord* record = ready.load();
+    if (record != nullptr && Complete(*record->failure)) {
+      failures.push_back(Describe(*record->failure));
+    }
+  }
+  return failures;
+}
+
+}  // namespace jax_ds::comm
