@@ -138,6 +138,13 @@ NODES ?= 1
 gpu-test-multirank: setup  ## communication kernels, RANKS=8 processes that may share a GPU
 	$(PY) tests/gpu/multirank.py --ranks $(RANKS) --nodes $(NODES) $(if $(ARGS),-- $(ARGS))
 
+RANKS ?= 8
+NODES ?= 1
+NCCL ?=
+.PHONY: gpu-test-multirank
+gpu-test-multirank: setup  ## tests with RANKS=8 processes [NODES=2] on the GPUs there are; NCCL=/path/to/libnccl.so.2
+	$(PY) tests/gpu/multirank.py --ranks $(RANKS) --nodes $(NODES) $(if $(NCCL),--nccl $(NCCL)) -- $(ARGS)
+
 .PHONY: bench
 bench: setup  ## all benchmarks, on a GPU machine; writes benchmarks/results/ and the documents' tables
 	$(PY) -m benchmarks $(ARGS)

@@ -4,9 +4,13 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <stdexcept>
 
 #include "deep_gemm/handler.h"
+#include "comm/device.h"
+#include "comm/nccl.h"
+#include "deep_ep/handler.h"
 #include "flash_mla/handler.h"
 #include "jit/compiler.h"
 #include "quantization/handler.h"
@@ -22,6 +26,7 @@ namespace {
 std::vector<Room> Rooms() {
   return {
       deep_gemm::GetRoom(),
+      deep_ep::GetRoom(),
       flash_mla::GetRoom(),
       quantization::GetRoom(),
   };
@@ -129,6 +134,13 @@ nb::tuple DriverInfo() {
   return nb::make_tuple(driver->version, devices);
 }
 
+void ConfigureCommunication(std::vector<std::string> nccl, double timeout_s) {
+  comm::Nccl::SetCandidates(std::move(nccl));
+  comm::SetTimeout(std::chrono::nanoseconds(static_cast<int64_t>(timeout_s * 1e9)));
+}
+
+int NcclVersion() { return ValueOrThrow(comm::Nccl::Get())->version; }
+
 }  // namespace
 }  // namespace jax_ds
 
@@ -157,6 +169,11 @@ NB_MODULE(_jax_ds, m) {
       },
       nb::arg("source_root"), nb::arg("cache_dir"), nb::arg("nvrtc"),
       "Sets up the kernel compiler; once in a process.");
+  m.def("configure_communication", &ConfigureCommunication, nb::arg("nccl"), nb::arg("timeout_s"),
+        "Sets where NCCL may be and the longest wait for a peer; before any handler runs.");
+  m.def("nccl", &NcclVersion, "10000 * major + 100 * minor + patch; an error if it is too old.");
+  m.def("communication_failures", &comm::Failures,
+        "What waits for peers on this process's GPUs have recorded, one sentence each.");
   m.def("types", &Types, "FFI state types: {name: registration}.");
   m.def("targets", &Targets, "FFI targets: {name: {stage: capsule}}.");
   m.def("kernels", &Kernels, "Every kernel configuration: [(room, KernelSpec)].");

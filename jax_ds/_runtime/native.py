@@ -31,6 +31,9 @@ class _Registration:
                     cache_dir=str(settings.read().cache_dir / "kernels"),
                     nvrtc=toolchain.nvrtc_candidates(),
                 )
+                native.configure_communication(
+                    nccl=toolchain.nccl_candidates(), timeout_s=settings.read().timeout_s
+                )
                 self._configured = True
         return native
 
@@ -82,6 +85,24 @@ def why_not_native() -> str | None:
     except RuntimeError as error:
         return str(error)
     return _why_no_device(devices)
+
+
+def why_not_nccl() -> str | None:
+    """Why this process's NCCL has no symmetric windows, as one sentence; None if it has."""
+    try:
+        module().nccl()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def communication_failures() -> list[str]:
+    """What waits for other ranks on this process's GPUs have recorded, one sentence each."""
+    try:
+        failures: list[str] = module().communication_failures()
+    except RuntimeError:
+        return []  # without the native module no kernel has waited
+    return failures
 
 
 def _why_no_device(devices: list[tuple[str, int, int]]) -> str | None:

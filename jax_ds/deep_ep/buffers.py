@@ -5,16 +5,24 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_ds._core.checks import check as require
+from jax_ds._runtime import native
 
 
 def check() -> None:
     """Raises what a wait for another rank has recorded on this process's devices.
 
-    A communication kernel never waits longer than `JAX_DS_TIMEOUT_S`; what it waited for in vain
-    is reported by the next call of the operation, or here. XLA's collectives, which carry the
-    portable implementation, report their failures themselves: without such kernels there is
-    nothing to raise.
+    A communication kernel never waits longer than `JAX_DS_TIMEOUT_S`. Where it waited in vain its
+    results are NaN, and the next execution of a communicating program fails, or this function
+    does, with the operation, this rank, the awaited rank and the round. Later waits of the device
+    end at once: restart all ranks. XLA's collectives, which carry the portable implementation,
+    report their failures themselves.
+
+    Raises:
+      RuntimeError: with all that was recorded.
     """
+    failures = native.communication_failures()
+    if failures:
+        raise RuntimeError("; ".join(failures))
 
 
 def buffer_bytes(

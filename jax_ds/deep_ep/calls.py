@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from jax_ds._runtime.choose import Implementation, choose
-from jax_ds.deep_ep import xla
+from jax_ds.deep_ep import ffi, xla
 from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes, make_plan
 
 
@@ -21,20 +21,27 @@ class Options:
 def plan(
     options: Options, sizes: PlanSizes, node_capacity: int | None, expert_ids: Int[Array, "T K"]
 ) -> DispatchPlan:
-    """The plan of `expert_ids`."""
+    """The plan of `expert_ids`; XLA's collectives exchange the ids in every implementation."""
 
     def portable(expert_ids: Array) -> DispatchPlan:
         return make_plan(expert_ids, sizes, node_capacity)
 
     made: DispatchPlan = choose(
-        "plan_dispatch", options.implementation, (expert_ids,), xla=portable, cuda=None
+        "plan_dispatch", options.implementation, (expert_ids,), xla=portable, cuda=portable
     )
     return made
 
 
 def dispatch(options: Options, x: Any, plan: DispatchPlan) -> Any:
     """Tokens, or Quantized tokens, to rows."""
-    return choose("dispatch", options.implementation, (x, plan), xla=xla.dispatch, cuda=None)
+    return choose(
+        "dispatch",
+        options.implementation,
+        (x, plan),
+        xla=xla.dispatch,
+        cuda=lambda x, plan: ffi.dispatch(x, plan, options.num_sms),
+        unsupported=_unsupported(options, plan, x),
+    )
 
 
 def combine(
@@ -44,6 +51,18 @@ def combine(
     by_column: Float[Array, "B J"] | None,
 ) -> Float[Array, "T H"]:
     """Rows to tokens, with the weights that `xla.publish` returns."""
-    operands = (rows, plan, by_column)
-    y: Array = choose("combine", options.implementation, operands, xla=xla.combine, cuda=None)
+    y: Array = choose(
+        "combine",
+        options.implementation,
+        (rows, plan, by_column),
+        xla=xla.combine,
+        cuda=lambda rows, plan, by_column: ffi.combine(rows, plan, by_column, options.num_sms),
+        unsupported=_unsupported(options, plan, rows),
+    )
     return y
+
+
+def _unsupported(options: Options, plan: DispatchPlan, tokens: Any) -> str | None:
+    if options.implementation == "xla":
+        return None  # do not look for GPUs and NCCL
+    return ffi.unsupported(plan.sizes, tokens, options.num_sms)

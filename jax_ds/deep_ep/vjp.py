@@ -64,25 +64,34 @@ def _combine_unweighted_bwd(options: Options, plan: DispatchPlan, g: Array) -> t
 combine_unweighted.defvjp(_combine_unweighted_fwd, _combine_unweighted_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine(
     options: Options,
     rows: Float[Array, "C H"],
     plan: DispatchPlan,
     weights: Float[Array, "T K"],
 ) -> Float[Array, "T H"]:
-    return _combine_fwd(options, rows, plan, weights)[0]
+    # Sending the weights is linear: its transpose sends one scalar of each row back.
+    return _combine_weighted(options, rows, plan, xla.publish(weights, plan))
 
 
-def _combine_fwd(
-    options: Options, rows: Array, plan: DispatchPlan, weights: Array
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine_weighted(
+    options: Options,
+    rows: Float[Array, "C H"],
+    plan: DispatchPlan,
+    by_column: Float[Array, "B J"],
+) -> Float[Array, "T H"]:
+    return calls.combine(options, rows, plan, by_column)
+
+
+def _combine_weighted_fwd(
+    options: Options, rows: Array, plan: DispatchPlan, by_column: Array
 ) -> tuple[Array, _CombineResiduals]:
-    by_column = xla.publish(weights, plan)
-    y = calls.combine(options, rows, plan, by_column)
+    y = _combine_weighted(options, rows, plan, by_column)
     return y, _CombineResiduals(rows, plan, by_column)
 
 
-def _combine_bwd(
+def _combine_weighted_bwd(
     options: Options, residuals: _CombineResiduals, g: Array
 ) -> tuple[Array, None, Array]:
     rows, plan, by_column = residuals
@@ -91,11 +100,10 @@ def _combine_bwd(
     d_rows = (weight[:, None] * back).astype(rows.dtype)
     # A row without a token may hold NaN, which the gradient of this gradient would meet.
     held = jnp.where(plan.row_source[:, None] >= 0, rows.astype(jnp.float32), 0)
-    d_weights = xla.return_scalars(jnp.sum(held * back, axis=1), plan)
-    return d_rows, None, d_weights
+    return d_rows, None, xla.in_rows(jnp.sum(held * back, axis=1), plan)
 
 
-combine.defvjp(_combine_fwd, _combine_bwd)
+_combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
 
 
 def inference_only(op: str, *operands: Any) -> Any:

@@ -46,13 +46,9 @@ def weight_of_rows(by_column: Float[Array, "B J"], plan: DispatchPlan) -> Float[
     return jnp.where(source >= 0, by_column.reshape(-1)[jnp.maximum(source, 0)], 0)
 
 
-def return_scalars(scalars: Float[Array, " C"], plan: DispatchPlan) -> Float[Array, "T K"]:
-    """Sends one float32 of every row back to the ids that caused the row; 0 for ids without one."""
-    by_column = jnp.where(plan.row_of >= 0, scalars[jnp.maximum(plan.row_of, 0)], 0)
-    by_id = jnp.take_along_axis(by_column, jnp.maximum(plan.column, 0), axis=1)
-    by_id = jnp.where(plan.column >= 0, by_id, 0)
-    # Every id has its row on one rank: the sum over ranks adds zeros to it.
-    return plan.route.collect(by_id)[: plan.sizes.num_tokens]
+def in_rows(scalars: Float[Array, " C"], plan: DispatchPlan) -> Float[Array, "B J"]:
+    """The scalar of every pair's row, 0 for a pair without one: the transpose of the above."""
+    return jnp.where(plan.row_of >= 0, scalars[jnp.maximum(plan.row_of, 0)], 0)
 
 
 def expand(buffer: Shaped[Array, "B W"], plan: DispatchPlan) -> Shaped[Array, "C W"]:

@@ -169,9 +169,19 @@ CASES: dict[str, tuple[Callable[[Array, Array], Any], str]] = {
         "weights: dtype must be float32, got bfloat16",
     ),
     "no kernel": (
-        lambda x, ids: _plan(ids, implementation="cuda"),
-        "plan_dispatch: implementation='cuda' cannot run here, plan_dispatch has no CUDA kernel; "
-        "use implementation=None or 'xla'",
+        lambda x, ids: _low(x, ids, implementation="cuda"),
+        "low_latency_dispatch: implementation='cuda' cannot run here, low_latency_dispatch has no "
+        "CUDA kernel; use implementation=None or 'xla'",
+    ),
+    "odd tokens": (
+        lambda x, ids: deep_ep.dispatch(x[:, :7], _plan(ids), implementation="cuda"),
+        "dispatch: implementation='cuda' cannot run here, its kernels move tokens of a multiple of "
+        "16 bytes, these have 28; use implementation=None or 'xla'",
+    ),
+    "too many SMs": (
+        lambda x, ids: deep_ep.dispatch(x, _plan(ids), num_sms=133, implementation="cuda"),
+        "dispatch: implementation='cuda' cannot run here, num_sms is at most 132; use "
+        "implementation=None or 'xla'",
     ),
     "implementation": (
         lambda x, ids: _plan(ids, implementation="triton"),

@@ -216,9 +216,19 @@ def _lowered(setup: Setup, platform: str) -> str:
     return mapped.trace(x, ids, weights).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize(("setup", "axes"), [(FLAT, 1), (NODES, 2)], ids=str)
-def test_messages_of_a_layer(setup: Setup, axes: int) -> None:
-    """Ids; tokens; weights and results; back: the cotangent, products for weights, of tokens."""
+@pytest.mark.parametrize(
+    ("setup", "messages"), [(FLAT, (3, 2, 2)), (NODES, (14, 0, 0))], ids=["flat", "nodes"]
+)
+def test_messages_of_a_layer(setup: Setup, messages: tuple[int, int, int]) -> None:
+    """Ids; tokens; weights and results; back: the cotangent, products for weights, of tokens.
+
+    Over one axis kernels carry tokens and results both ways; over two, XLA's collectives do.
+    """
     text = _lowered(setup, "cuda")
-    assert text.count("stablehlo.all_to_all") == 7 * axes
+    targets = (
+        "stablehlo.all_to_all",
+        "custom_call @jax_ds_deep_ep_dispatch",
+        "custom_call @jax_ds_deep_ep_combine",
+    )
+    assert tuple(text.count(target) for target in targets) == messages
     assert "all_gather" not in text

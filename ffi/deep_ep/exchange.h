@@ -1,0 +1,55 @@
+// What every communicating call of this room has in common: groups, a window, a grid.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "comm/clique.h"
+#include "comm/window.h"
+#include "deep_ep/plan.h"
+#include "jit/kernel.h"
+#include "support/status.h"
+
+namespace jax_ds::deep_ep {
+
+// Made by Instantiate, shared by all local devices of a program.
+class Exchange {
+ public:
+  static ErrorOr<std::unique_ptr<Exchange>> Make(comm::Operation operation,
+                                                 xla::ffi::Span<const int64_t> groups,
+                                                 int64_t num_ranks, int64_t channel,
+                                                 int64_t num_tokens, int64_t num_sms,
+                                                 const Record& record, jit::KernelSpec spec);
+
+  Error Prepare(comm::CommunicatorContext& context) const;
+
+  // Finds or makes this device's window, and fails where an earlier wait of the device has expired.
+  Error Initialize(int ordinal, comm::CommunicatorContext& context);
+
+  // What Initialize found; takes no lock.
+  ErrorOr<const comm::Link*> link(int ordinal) const;
+
+  const jit::Kernel& kernel() const { return *kernel_; }
+  unsigned int grid() const { return grid_; }
+  const Record& record() const { return record_; }
+  int64_t num_ranks() const { return groups_.num_ranks(); }
+  int64_t num_tokens() const { return num_tokens_; }
+  int64_t num_slots() const { return num_ranks() * num_tokens_; }
+
+ private:
+  static constexpr int kMaxDevices = 64;
+
+  explicit Exchange(comm::Groups groups) : groups_(std::move(groups)) {}
+
+  comm::Groups groups_;
+  comm::Operation operation_;
+  int64_t channel_, num_tokens_;
+  unsigned int grid_;
+  Record record_;
+  std::shared_ptr<const jit::Kernel> kernel_;
+  std::array<std::atomic<const comm::Link*>, kMaxDevices> links_ = {};
+};
+
+}  // namespace jax_ds::deep_ep

@@ -1,0 +1,235 @@
+#include "deep_ep/handler.h"
+
+#include <memory>
+#include <string_view>
+#include <utility>
+
+#include "deep_ep/exchange.h"
+#include "deep_ep/plan.h"
+#include "jit/launch.h"
+#include "support/shape.h"
+
+namespace jax_ds::deep_ep {
+namespace {
+
+namespace ffi = xla::ffi;
+using comm::Operation;
+
+struct ExchangeState : Stateful<ExchangeState> {
+  explicit ExchangeState(std::unique_ptr<Exchange> exchange) : exchange(std::move(exchange)) {}
+  std::unique_ptr<Exchange> exchange;
+};
+
+using Instantiated = ErrorOr<std::unique_ptr<ExchangeState>>;
+
+Instantiated MakeState(ErrorOr<std::unique_ptr<Exchange>> exchange) {
+  if (exchange.has_error()) return std::move(exchange).error();
+  return std::make_unique<ExchangeState>(std::move(exchange).value());
+}
+
+Error CheckColumns(int64_t columns) {
+  if (columns >= 1 && columns <= kMaxColumns) return Error::Success();
+  return InvalidArgument("row_of: must have 1 to 32 columns, got " + std::to_string(columns));
+}
+
+int Int(int64_t value) { return static_cast<int>(value); }
+
+// ---- stages that all calls share
+// -----------------------------------------------------------------
+
+Error Prepare(ExchangeState* state, comm::CommunicatorContext context) {
+  return state->exchange->Prepare(context);
+}
+
+Error Initialize(ExchangeState* state, int32_t ordinal, comm::CommunicatorContext context) {
+  return state->exchange->Initialize(ordinal, context);
+}
+
+XLA_FFI_DEFINE_HANDLER(kPrepare, Prepare,
+                       ffi::Ffi::BindPrepare()
+                           .Ctx<ffi::State<ExchangeState>>()
+                           .Ctx<ffi::Extension<comm::Collectives>>());
+XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
+                       ffi::Ffi::BindInitialize()
+                           .Ctx<ffi::State<ExchangeState>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::Extension<comm::Collectives>>());
+
+// ---- dispatch: x [T, H] (and scales [T, KB]) -> rows [C, H] (and scales [C, KB])
+// -----------------
+
+Instantiated InstantiateDispatch(ffi::Span<const int64_t> groups, int64_t num_ranks,
+                                 int64_t channel, int64_t num_tokens, int64_t token_bytes,
+                                 int64_t num_scales, int64_t num_sms) {
+  JAX_DS_ASSIGN_OR_RETURN(Record record, MakeRecord(token_bytes, num_scales));
+  return MakeState(Exchange::Make(Operation::kDispatch, groups, num_ranks, channel, num_tokens,
+                                  num_sms, record, DispatchSpec()));
+}
+
+// `name` must hold `count` tokens of the record's payload.
+Error CheckTokens(const char* name, const AnyBuffer& buffer, const Record& record, int64_t count) {
+  const int64_t payload = record.vectors * int64_t{16};
+  if (static_cast<int64_t>(buffer.size_bytes()) == count * payload) return Error::Success();
+  return InvalidArgument(std::string(name) + ": must be " + std::to_string(count) + " tokens of " +
+                         std::to_string(payload) + " bytes, got " +
+                         std::to_string(buffer.size_bytes()) + " bytes");
+}
+
+Error TakeScales(const Record& record, int64_t num_tokens, int64_t capacity,
+                 const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
+                 DispatchParams* params) {
+  if (record.num_scales == 0) return Error::Success();
+  JAX_DS_ASSIGN_OR_RETURN(AnyBuffer scales, args.get<AnyBuffer>(0));
+  JAX_DS_ASSIGN_OR_RETURN(ffi::Result<AnyBuffer> row_scales, rets.get<AnyBuffer>(0));
+  JAX_DS_RETURN_IF_ERROR(
+      CheckBuffer("x.scales", scales, DataType::F32, {num_tokens, record.num_scales}));
+  JAX_DS_RETURN_IF_ERROR(
+      CheckBuffer("rows.scales", *row_scales, DataType::F32, {capacity, record.num_scales}));
+  params->scales = static_cast<const float*>(scales.untyped_data());
+  params->row_scales = static_cast<float*>(row_scales->untyped_data());
+  return Error::Success();
+}
+
+Error ExecuteDispatch(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
+                      AnyBuffer axis_index, AnyBuffer needed, AnyBuffer row_source,
+                      AnyBuffer row_of, AnyBuffer x, ffi::RemainingArgs args,
+                      ffi::Result<AnyBuffer> rows, ffi::RemainingRets rets) {
+  const Exchange& exchange = *state->exchange;
+  const Record& record = exchange.record();
+  const int64_t num_tokens = exchange.num_tokens();
+  JAX_DS_ASSIGN_OR_RETURN(const comm::Link* link, exchange.link(ordinal));
+  JAX_DS_RETURN_IF_ERROR(CheckBuffer("axis_index", axis_index, DataType::S32, {}));
+  JAX_DS_RETURN_IF_ERROR(
+      CheckBuffer("needed", needed, DataType::PRED, {exchange.num_ranks(), num_tokens}));
+  JAX_DS_RETURN_IF_ERROR(CheckBuffer("row_source", row_source, DataType::S32, {-1}));
+  JAX_DS_RETURN_IF_ERROR(CheckBuffer("row_of", row_of, DataType::S32, {exchange.num_slots(), -1}));
+  const int64_t capacity = row_source.dimensions()[0], columns = row_of.dimensions()[1];
+  JAX_DS_RETURN_IF_ERROR(CheckColumns(columns));
+  JAX_DS_RETURN_IF_ERROR(CheckTokens("x", x, record, num_tokens));
+  JAX_DS_RETURN_IF_ERROR(CheckTokens("rows", *rows, record, capacity));
+  DispatchParams params = {};
+  params.link = *link;
+  params.axis_index = static_cast<const int*>(axis_index.untyped_data());
+  params.x = x.untyped_data();
+  params.needed = static_cast<const unsigned char*>(needed.untyped_data());
+  params.row_source = static_cast<const int*>(row_source.untyped_data());
+  params.row_of = static_cast<const int*>(row_of.untyped_data());
+  params.rows = rows->untyped_data();
+  params.record = record;
+  params.num_tokens = Int(num_tokens);
+  params.columns = Int(columns);
+  params.capacity = Int(capacity);
+  JAX_DS_RETURN_IF_ERROR(TakeScales(record, num_tokens, capacity, args, rets, &params));
+  return jit::Launch(exchange.kernel(), ordinal, stream, {{exchange.grid()}, {kThreads}, {}},
+                     params);
+}
+
+XLA_FFI_DEFINE_HANDLER(kInstantiateDispatch, InstantiateDispatch,
+                       ffi::Ffi::BindInstantiate()
+                           .Attr<ffi::Span<const int64_t>>("groups")
+                           .Attr<int64_t>("num_ranks")
+                           .Attr<int64_t>("channel")
+                           .Attr<int64_t>("num_tokens")
+                           .Attr<int64_t>("token_bytes")
+                           .Attr<int64_t>("num_scales")
+                           .Attr<int64_t>("num_sms"));
+XLA_FFI_DEFINE_HANDLER(kExecuteDispatch, ExecuteDispatch,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::State<ExchangeState>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .RemainingArgs()
+                           .Ret<AnyBuffer>()
+                           .RemainingRets(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+// ---- combine: rows [C, H] (and weights [B, J]) -> y [T, H]
+// ---------------------------------------
+
+Instantiated InstantiateCombine(ffi::Span<const int64_t> groups, int64_t num_ranks, int64_t channel,
+                                int64_t num_tokens, int64_t token_bytes, std::string_view dtype,
+                                int64_t num_sms) {
+  JAX_DS_ASSIGN_OR_RETURN(Record record, MakeRecord(token_bytes, 0));
+  JAX_DS_ASSIGN_OR_RETURN(jit::KernelSpec spec, CombineSpec(dtype));
+  return MakeState(Exchange::Make(Operation::kCombine, groups, num_ranks, channel, num_tokens,
+                                  num_sms, record, std::move(spec)));
+}
+
+// `rest` may hold one operand, the weights.
+Error ExecuteCombine(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
+                     AnyBuffer axis_index, AnyBuffer needed, AnyBuffer row_of, AnyBuffer column,
+                     AnyBuffer rows, ffi::RemainingArgs rest, ffi::Result<AnyBuffer> y) {
+  const Exchange& exchange = *state->exchange;
+  const Record& record = exchange.record();
+  const int64_t num_tokens = exchange.num_tokens(), num_slots = exchange.num_slots();
+  JAX_DS_ASSIGN_OR_RETURN(const comm::Link* link, exchange.link(ordinal));
+  JAX_DS_RETURN_IF_ERROR(CheckBuffer("axis_index", axis_index, DataType::S32, {}));
+  JAX_DS_RETURN_IF_ERROR(
+      CheckBuffer("needed", needed, DataType::PRED, {exchange.num_ranks(), num_tokens}));
+  JAX_DS_RETURN_IF_ERROR(CheckBuffer("row_of", row_of, DataType::S32, {num_slots, -1}));
+  JAX_DS_RETURN_IF_ERROR(CheckBuffer("column", column, DataType::S32, {num_slots, -1}));
+  const int64_t columns = row_of.dimensions()[1];
+  JAX_DS_RETURN_IF_ERROR(CheckColumns(columns));
+  JAX_DS_RETURN_IF_ERROR(CheckTokens("rows", rows, record, LeadingSize(rows, 1)));
+  JAX_DS_RETURN_IF_ERROR(CheckTokens("y", *y, record, num_tokens));
+  CombineParams params = {};
+  params.link = *link;
+  params.axis_index = static_cast<const int*>(axis_index.untyped_data());
+  params.rows = rows.untyped_data();
+  params.row_of = static_cast<const int*>(row_of.untyped_data());
+  params.column = static_cast<const int*>(column.untyped_data());
+  params.needed = static_cast<const unsigned char*>(needed.untyped_data());
+  params.y = y->untyped_data();
+  params.record = record;
+  params.num_tokens = Int(num_tokens);
+  params.columns = Int(columns);
+  params.top_k = Int(column.dimensions()[1]);
+  if (rest.size() > 0) {
+    JAX_DS_ASSIGN_OR_RETURN(AnyBuffer weights, rest.get<AnyBuffer>(0));
+    JAX_DS_RETURN_IF_ERROR(CheckBuffer("weights", weights, DataType::F32, {num_slots, columns}));
+    params.weights = static_cast<const float*>(weights.untyped_data());
+  }
+  return jit::Launch(exchange.kernel(), ordinal, stream, {{exchange.grid()}, {kThreads}, {}},
+                     params);
+}
+
+XLA_FFI_DEFINE_HANDLER(kInstantiateCombine, InstantiateCombine,
+                       ffi::Ffi::BindInstantiate()
+                           .Attr<ffi::Span<const int64_t>>("groups")
+                           .Attr<int64_t>("num_ranks")
+                           .Attr<int64_t>("channel")
+                           .Attr<int64_t>("num_tokens")
+                           .Attr<int64_t>("token_bytes")
+                           .Attr<std::string_view>("dtype")
+                           .Attr<int64_t>("num_sms"));
+XLA_FFI_DEFINE_HANDLER(kExecuteCombine, ExecuteCombine,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::State<ExchangeState>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .RemainingArgs()
+                           .Ret<AnyBuffer>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+Room GetRoom() {
+  return {
+      "deep_ep",
+      {{"jax_ds_deep_ep_exchange", &ExchangeState::id, ExchangeState::info()}},
+      {{"jax_ds_deep_ep_dispatch", kInstantiateDispatch, kPrepare, kInitialize, kExecuteDispatch},
+       {"jax_ds_deep_ep_combine", kInstantiateCombine, kPrepare, kInitialize, kExecuteCombine}},
+      AllKernels()};
+}
+
+}  // namespace jax_ds::deep_ep

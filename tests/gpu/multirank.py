@@ -1,0 +1,213 @@
+"""Starts the ranks of a multi-process JAX program on this machine's GPUs, one process each.
+
+    make gpu-test-multirank RANKS=8 [NODES=2] [ARGS="-k scan"]
+    python tests/gpu/multirank.py --ranks 8 -- python my_program.py
+
+Without a program it runs the tests marked `multigpu`; arguments after `--` that begin with `-` go
+to pytest. A program calls `tests.gpu.multirank.join()` first. Where there are fewer GPUs than
+ranks, ranks share them under MPS, and NCCL must be 2.30.4 or newer: `--nccl` names the library
+to use in place of the installed one. With `--nodes` NCCL takes equal parts of the ranks for
+separate hosts. Every rank's output goes to a file, the status of the first to fail is ours, and no
+rank outlives the timeout.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# How long the others may go on after a rank has failed: they should report whom they wait for.
+_GRACE_S = 20.0
+_TESTS = ["-q", "-m", "multigpu", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+
+
+def join() -> tuple[int, int]:
+    """Joins the ranks that `multirank.py` started: (rank, ranks). Call it before using JAX."""
+    import jax
+
+    rank, ranks = int(os.environ["JAX_DS_TEST_RANK"]), int(os.environ["JAX_DS_TEST_RANKS"])
+    address = os.environ["JAX_DS_TEST_COORDINATOR"]
+    jax.distributed.initialize(address, ranks, rank, local_device_ids=[0])
+    return rank, ranks
+
+
+def started_here() -> bool:
+    """Whether this process is such a rank."""
+    return "JAX_DS_TEST_RANK" in os.environ
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for everything")
+    parser.add_argument("--nccl", default="", help="libnccl.so.2 to preload")
+    parser.add_argument("--logs", default="", help="folder for the ranks' output")
+    parser.add_argument("program", nargs="*", help="-- program, or arguments of pytest")
+    options = parser.parse_args()
+    if options.ranks < 1 or options.nodes < 1 or options.ranks % options.nodes:
+        parser.error("--ranks must be a positive multiple of --nodes")
+    gpus = _count_gpus()
+    if not gpus:
+        parser.error("no NVIDIA GPU: nvidia-smi lists none")
+    command = list(options.program)
+    if not command or command[0].startswith("-"):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/deep_ep/test_multirank.py",
+            *_TESTS,
+            *command,
+        ]
+    with contextlib.ExitStack() as stack:
+        logs = pathlib.Path(
+            options.logs or stack.enter_context(tempfile.TemporaryDirectory(prefix="multirank-"))
+        )
+        logs.mkdir(parents=True, exist_ok=True)
+        shared = options.ranks > gpus
+        mps = stack.enter_context(_mps()) if shared else {}
+        return _run(command, options, gpus, mps, logs)
+
+
+def _run(
+    command: list[str],
+    options: argparse.Namespace,
+    gpus: int,
+    mps: dict[str, str],
+    logs: pathlib.Path,
+) -> int:
+    address = f"127.0.0.1:{_free_port()}"
+    ranks: list[subprocess.Popen[bytes]] = []
+    files = [logs / f"rank{rank}.txt" for rank in range(options.ranks)]
+    try:
+        for rank, file in enumerate(files):
+            environment = {
+                **os.environ,
+                **mps,
+                **_environment(rank, options, gpus),
+                "JAX_DS_TEST_COORDINATOR": address,
+            }
+            with file.open("wb") as output:
+                ranks.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        _wait(ranks, options.timeout)
+    finally:
+        for process in ranks:
+            _stop(process)
+    statuses = [process.wait() for process in ranks]
+    _report(statuses, files)
+    # Those that we stopped have negative statuses and say nothing of the cause.
+    return max(statuses) or int(any(statuses))
+
+
+def _environment(rank: int, options: argparse.Namespace, gpus: int) -> dict[str, str]:
+    per_gpu = -(-options.ranks // gpus)
+    environment = {
+        "JAX_DS_TEST_RANK": str(rank),
+        "JAX_DS_TEST_RANKS": str(options.ranks),
+        "JAX_DS_TEST_NODES": str(options.nodes),
+        "CUDA_VISIBLE_DEVICES": str(rank % gpus),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_DS_TIMEOUT_S": os.environ.get("JAX_DS_TIMEOUT_S", "10"),
+    }
+    if per_gpu > 1:
+        environment |= {
+            "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+            "NCCL_MAX_CTAS": "4" if per_gpu <= 4 else "2",
+        }
+    if options.nodes > 1:
+        node = rank // (options.ranks // options.nodes)
+        environment |= {"NCCL_HOSTID": f"node{node}", "NCCL_SOCKET_IFNAME": "lo"}
+    if options.nccl:
+        environment["LD_PRELOAD"] = str(pathlib.Path(options.nccl).resolve())
+    return environment
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        if any(process.poll() for process in ranks):
+            deadline = min(deadline, time.monotonic() + _GRACE_S)
+            while time.monotonic() < deadline and any(p.poll() is None for p in ranks):
+                time.sleep(0.1)
+            return
+        time.sleep(0.1)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for signal_number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, signal_number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+
+
+def _report(statuses: list[int], files: list[pathlib.Path]) -> None:
+    for rank, (status, file) in enumerate(zip(statuses, files, strict=True)):
+        lines = file.read_text(errors="replace").splitlines()
+        shown = lines[-40:] if status else lines[-3:]
+        print(f"---- rank {rank}: status {status}")
+        print("\n".join(shown if rank == 0 or status else shown[-1:]))
+
+
+@contextlib.contextmanager
+def _mps() -> Iterator[dict[str, str]]:
+    """Lets processes run on one GPU at the same time; the environment they need."""
+    with tempfile.TemporaryDirectory(prefix="mps-") as folder:
+        mine = {
+            "CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe",
+            "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log",
+        }
+        environment = {**os.environ, **mine}
+        for path in mine.values():
+            os.makedirs(path)
+        control = "nvidia-cuda-mps-control"
+        subprocess.run(
+            [control, "-d"], env=environment, check=True, timeout=30, stdin=subprocess.DEVNULL
+        )
+        try:
+            yield mine
+        finally:
+            subprocess.run([control], input=b"quit\n", env=environment, check=False, timeout=30)
+
+
+def _count_gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name])
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    sys.exit(main())
