@@ -85,12 +85,14 @@ Error EncodeMaps(const DecodeConfig& c, const Buffers& b, DecodeParams* params) 
   JAX_DS_ASSIGN_OR_RETURN(params->q_map,
                           jit::EncodeTensorMap(type, b.q.untyped_data(), {kKeyDim, query_rows},
                                                {kRowBytes}, {kTileCols, c.rows}, options));
-  // Column tiles as a dimension of their own: a box may hold several.
+  // Groups of eight rows and column tiles as dimensions of their own: a box reads memory in order.
   const auto pages = [&](int tiles) {
-    return jit::EncodeTensorMap(type, b.pages.untyped_data(), {kTileCols, rows, kKeyTiles},
-                                {kRowBytes, kTileCols * 2}, {kTileCols, kBlock, tiles}, options);
+    return jit::EncodeTensorMap(type, b.pages.untyped_data(),
+                                {kTileCols, kGroupRows, kKeyTiles, rows / kGroupRows},
+                                {kRowBytes, kTileCols * 2, kGroupRows * kRowBytes},
+                                {kTileCols, kGroupRows, tiles, kGroups / c.cluster}, options);
   };
-  JAX_DS_ASSIGN_OR_RETURN(params->kv_map, pages(c.narrow ? 1 : 4 / c.cluster));
+  JAX_DS_ASSIGN_OR_RETURN(params->kv_map, pages(c.narrow ? kKeyTiles : kValueTiles));
   JAX_DS_ASSIGN_OR_RETURN(params->rope_map, pages(1));
   return Error::Success();
 }
@@ -99,7 +101,6 @@ ErrorOr<DecodeParams> MakeParams(const DecodeState& state, const DecodeLaunch& l
                                  const Buffers& b) {
   DecodeParams params = {};
   JAX_DS_RETURN_IF_ERROR(EncodeMaps(state.config, b, &params));
-  params.pages = b.pages.untyped_data();
   params.page_table = static_cast<const int*>(b.table.untyped_data());
   params.seq_lens = static_cast<const int*>(b.lengths.untyped_data());
   params.out = b.out.untyped_data();
@@ -138,7 +139,8 @@ Error Execute(DecodeState* state, int32_t ordinal, cuda::Stream stream, AnyBuffe
   JAX_DS_ASSIGN_OR_RETURN(DecodeParams params, MakeParams(*state, launch, buffers));
   const unsigned int cluster = static_cast<unsigned int>(state->config.cluster);
   JAX_DS_RETURN_IF_ERROR(jit::Launch(*state->decode, ordinal, stream,
-                                     {{launch.grid}, {launch.block}, {cluster}}, params));
+                                     {{launch.grid}, {launch.block}, {cluster}, kOverlapPrevious},
+                                     params));
   if (launch.num_groups == 1) return Error::Success();
   const CombineLaunch combine = LaunchCombine(launch, params.B, query_rows);
   const CombineParams combine_params = {params.partial_out,

@@ -128,17 +128,6 @@ JAX_DS_DEVICE float ld_shared_f32(u32 address) {
   return value;
 }
 
-// For words that warps pass on without a barrier.
-JAX_DS_DEVICE u32 ld_volatile_shared(const u32* word) {
-  u32 value;
-  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(word)));
-  return value;
-}
-
-JAX_DS_DEVICE void st_volatile_shared(u32* word, u32 value) {
-  asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(shared_address(word)), "r"(value));
-}
-
 JAX_DS_DEVICE void st_shared_v4(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
                "r"(d)

@@ -71,6 +71,17 @@ JAX_DS_DEVICE void tma_load_3d_multicast(void* shared, const TensorMap* map, u64
       : "memory");
 }
 
+JAX_DS_DEVICE void tma_load_4d_multicast(void* shared, const TensorMap* map, u64* barrier, u16 mask,
+                                         int x, int y, int z, int w,
+                                         CachePolicy policy = kEvictNormal) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%4, %5, %6, %7}], [%2], %3, %8;" ::"r"(
+          shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "h"(mask), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
+      : "memory");
+}
+
 // Brings a tile into L2 only.
 JAX_DS_DEVICE void tma_prefetch_2d(const TensorMap* map, int x, int y) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x),
@@ -91,11 +102,6 @@ JAX_DS_DEVICE void bulk_load(void* shared, const void* global, u32 bytes, u64* b
           "r"(shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
-}
-
-// Brings `bytes` contiguous bytes (a multiple of 16, the address too) into L2 only.
-JAX_DS_DEVICE void bulk_prefetch(const void* global, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 
 // ---- tiles out of shared memory; completion through this thread's bulk groups

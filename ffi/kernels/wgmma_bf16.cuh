@@ -22,13 +22,13 @@ JAX_DS_DEVICE void wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Descriptor of a tile in either order; `atom_stride` matters only to MN-major tiles wider than 64.
-// Advance by bytes / 16: K-major, the next 16 elements of K are 32 bytes on; MN-major, 2048.
-JAX_DS_DEVICE u64 descriptor(u32 shared, u32 atom_stride = 16) {
+// Descriptor of a tile in either order, whose groups of eight rows lie `group_stride` bytes apart;
+// `atom_stride` matters only to MN-major tiles wider than 64. Advance by bytes / 16: K-major, the
+// next 16 elements of K are 32 bytes on; MN-major, two groups.
+JAX_DS_DEVICE u64 descriptor(u32 shared, u32 group_stride = 1024, u32 atom_stride = 16) {
   constexpr u64 kSwizzle128 = 1ull << 62;
-  constexpr u64 kGroupStride = 1024 >> 4;
-  return kSwizzle128 | kGroupStride << 32 | static_cast<u64>(atom_stride >> 4) << 16 |
-         ((shared & 0x3ffff) >> 4);
+  return kSwizzle128 | static_cast<u64>(group_stride >> 4) << 32 |
+         static_cast<u64>(atom_stride >> 4) << 16 | ((shared & 0x3ffff) >> 4);
 }
 
 // Descriptor of a K-major tile without swizzle: 8 rows x 16 bytes lie together, the next eight rows
@@ -68,23 +68,23 @@ struct F16 {};
 #define JAX_DS_L24 JAX_DS_L16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define JAX_DS_L32 \
   JAX_DS_L16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define JAX_DS_L64                                                                       \
-  JAX_DS_L32                                                                             \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-      ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define JAX_DS_L96                                                                       \
-  JAX_DS_L64                                                                             \
-      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-      ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define JAX_DS_L128                                                                      \
-  JAX_DS_L32                                                                             \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-      ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
-      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-      ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
-      ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109" \
-      ", %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122"   \
-      ", %123, %124, %125, %126, %127"
+#define JAX_DS_L64                                                                   \
+  JAX_DS_L32                                                                         \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define JAX_DS_L96                                                                   \
+  JAX_DS_L64                                                                         \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define JAX_DS_L128                                                                  \
+  JAX_DS_L32                                                                         \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109" \
+  ", %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122"   \
+  ", %123, %124, %125, %126, %127"
 
 // Both operands in shared memory. R = N / 2 registers; A, B, P, TA, TB: operands R, R + 1, ...
 #define JAX_DS_WGMMA_SS(T, TYPE, N, R, A, B, P, TA, TB)                                           \

@@ -6,11 +6,16 @@
 
 namespace jax_ds::flash_mla {
 
-inline constexpr int kCombineThreads = 256;
-
 // Row r of a request: where its part `i` lies.
 struct PartRows {
   int first_group, row_groups, row_group, tile_rows, row;
+
+  JAX_DS_DEVICE PartRows(const CombineParams& p, const Parts& parts, int r)
+      : first_group(parts.first_group),
+        row_groups(p.row_groups),
+        row_group(r / p.tile_rows),
+        tile_rows(p.tile_rows),
+        row(r % p.tile_rows) {}
 
   JAX_DS_DEVICE i64 at(int part) const {
     const i64 slot = static_cast<i64>(2 * (first_group + part) + (part == 0)) * row_groups;
@@ -18,19 +23,37 @@ struct PartRows {
   }
 };
 
-// log2 of the sum of all parts' exponentials, in every lane.
-JAX_DS_DEVICE float total_lse(const CombineParams& p, const PartRows& rows, int parts) {
-  float largest = -kInfinity;
-  for (int i = lane_id(); i < parts; i += 32) largest = fmaxf(largest, p.partial_lse[rows.at(i)]);
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+// Weights 2^(lse_i - lse) of the parts: lane l of a warp holds those of parts l, l + 32, ...
+struct Weights {
+  float weight[kMaxParts / 32];
+  float lse;  // base 2
+
+  JAX_DS_DEVICE Weights(const CombineParams& p, const PartRows& rows, int parts) {
+    float largest = -kInfinity;
+#pragma unroll
+    for (int i = 0; i < kMaxParts / 32; ++i) {
+      const int part = 32 * i + lane_id();
+      weight[i] = part < parts ? p.partial_lse[rows.at(part)] : -kInfinity;
+    }
+#pragma unroll
+    for (int i = 0; i < kMaxParts / 32; ++i) largest = fmaxf(largest, weight[i]);
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+    }
+    const float zero = finite_reference(largest);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMaxParts / 32; ++i) {
+      weight[i] = exp2_approx(weight[i] - zero);
+      sum += weight[i];
+    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    lse = largest + log2_approx(sum);
+    const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (int i = 0; i < kMaxParts / 32; ++i) weight[i] *= scale;
   }
-  const float zero = finite_reference(largest);
-  float sum = 0.0f;
-  for (int i = lane_id(); i < parts; i += 32) sum += exp2_approx(p.partial_lse[rows.at(i)] - zero);
-  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-  return largest + log2_approx(sum);
-}
+};
 
 template <typename Element>
 JAX_DS_DEVICE void store_row(const CombineParams& p, i64 row, int column, float4 value) {
@@ -46,56 +69,80 @@ JAX_DS_DEVICE void add_scaled(float4& sum, float weight, float4 value) {
   sum.w += weight * value.w;
 }
 
-// kWide: few rows, many parts: a CTA for 128 columns of a row, its warps share the parts.
-// Else a warp for each row.
-template <bool kWide, typename Element>
-__global__ __launch_bounds__(kCombineThreads) void combine(const __grid_constant__ CombineParams p) {
-  __shared__ float4 sums[kCombineThreads / 32][32];
+// Many parts: a CTA for 128 columns of a row, its warps share the parts. All loads are issued
+// before the first is used: what counts here is latency.
+template <typename Element>
+__global__ __launch_bounds__(kCombineThreads) void combine_many(const
+                                                                __grid_constant__ CombineParams p) {
   constexpr int kWarps = kCombineThreads / 32;
+  constexpr int kLoads = kMaxParts / kWarps;
+  __shared__ float4 sums[kWarps][32];
   const int warp = threadIdx.x / 32;
-  const i64 row = kWide ? blockIdx.x / 4 : static_cast<i64>(blockIdx.x) * kWarps + warp;
+  const i64 row = blockIdx.x / 4;
+  const int column = 128 * (blockIdx.x % 4) + 4 * lane_id();
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
+  const int request = row / p.R;
+  const Parts parts = p.parts[request];
+  if (parts.count <= 1) return;
+  const PartRows rows(p, parts, row - static_cast<i64>(request) * p.R);
+  float4 values[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int part = kWarps * i + warp;
+    values[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (part < parts.count) {
+      values[i] =
+          *reinterpret_cast<const float4*>(p.partial_out + rows.at(part) * kValueDim + column);
+    }
+  }
+  const Weights weights(p, rows, parts.count);
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const float weight =
+        __shfl_sync(0xffffffffu, weights.weight[i * kWarps / 32], i * kWarps % 32 + warp);
+    add_scaled(sum, weight, values[i]);
+  }
+  sums[warp][lane_id()] = sum;
+  __syncthreads();
+  if (warp != 0) return;
+  for (int w = 1; w < kWarps; ++w) add_scaled(sum, 1.0f, sums[w][lane_id()]);
+  store_row<Element>(p, row, column, sum);
+  if (blockIdx.x % 4 == 0 && lane_id() == 0) p.lse[row] = weights.lse * kLn2;
+}
+
+// Few parts: a warp for each row.
+template <typename Element>
+__global__ __launch_bounds__(kCombineThreads) void combine_few(const
+                                                               __grid_constant__ CombineParams p) {
+  const i64 row = static_cast<i64>(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
+  griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int request = row / p.R;
   if (request >= p.B) return;
   const Parts parts = p.parts[request];
   if (parts.count <= 1) return;
-  const int r = row - static_cast<i64>(request) * p.R;
-  const PartRows rows{parts.first_group, p.row_groups, r / p.tile_rows, p.tile_rows,
-                      r % p.tile_rows};
-  const float lse = total_lse(p, rows, parts.count);
-  const float zero = finite_reference(lse);
-  if constexpr (kWide) {
-    const int column = 128 * (blockIdx.x % 4) + 4 * lane_id();
-    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 8
-    for (int i = warp; i < parts.count; i += kWarps) {
-      const i64 at = rows.at(i);
-      const float weight = exp2_approx(p.partial_lse[at] - zero);
-      add_scaled(sum, weight,
-                 *reinterpret_cast<const float4*>(p.partial_out + at * kValueDim + column));
-    }
-    sums[warp][lane_id()] = sum;
-    __syncthreads();
-    if (warp != 0) return;
-    for (int w = 1; w < kWarps; ++w) add_scaled(sum, 1.0f, sums[w][lane_id()]);
-    store_row<Element>(p, row, column, sum);
-    if (blockIdx.x % 4 == 0 && lane_id() == 0) p.lse[row] = lse * kLn2;
-  } else {
-    float4 sum[4] = {};
+  const PartRows rows(p, parts, row - static_cast<i64>(request) * p.R);
+  const Weights weights(p, rows, parts.count);
+  float4 sum[4] = {};
 #pragma unroll 2
-    for (int i = 0; i < parts.count; ++i) {
-      const i64 at = rows.at(i);
-      const float weight = exp2_approx(p.partial_lse[at] - zero);
-      const float* from = p.partial_out + at * kValueDim + 4 * lane_id();
+  for (int i = 0; i < parts.count; ++i) {
+    float weight = 0.0f;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        add_scaled(sum[j], weight, *reinterpret_cast<const float4*>(from + 128 * j));
-      }
+    for (int j = 0; j < kMaxParts / 32; ++j) {
+      const float w = __shfl_sync(0xffffffffu, weights.weight[j], i % 32);
+      if (i / 32 == j) weight = w;
     }
+    const float* from = p.partial_out + rows.at(i) * kValueDim + 4 * lane_id();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) store_row<Element>(p, row, 128 * j + 4 * lane_id(), sum[j]);
-    if (lane_id() == 0) p.lse[row] = lse * kLn2;
+    for (int j = 0; j < 4; ++j) {
+      add_scaled(sum[j], weight, *reinterpret_cast<const float4*>(from + 128 * j));
+    }
   }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) store_row<Element>(p, row, 128 * j + 4 * lane_id(), sum[j]);
+  if (lane_id() == 0) p.lse[row] = weights.lse * kLn2;
 }
 
 }  // namespace jax_ds::flash_mla

@@ -6,23 +6,18 @@
 
 namespace jax_ds::flash_mla {
 
-template <typename Config>
-using NarrowRing = Ring<Config::kSlots>;
-
 // ---- producer: one warp ------------------------------------------------------------------------
 
 template <typename Config>
 JAX_DS_DEVICE void load_block(const DecodeParams& p, NarrowShared<Config>& shared, int row,
-                              NarrowRing<Config>& ring) {
-  for (int place = 0; place < kKeyTiles; ++place) {
-    mbarrier_wait(&shared.empty[ring.slot], ring.phase ^ 1);
-    if (elect_one()) {
-      mbarrier_arrive_expect_tx(&shared.full[ring.slot], kTileBytes);
-      tma_load_3d(shared.ring[ring.slot], &p.kv_map, &shared.full[ring.slot], 0, row,
-                  key_tile(place), kEvictFirst);
-    }
-    ring = ring.ahead(1);
+                              Pipeline<Config::kStages>& ring) {
+  ring.acquire();
+  if (elect_one()) {
+    ring.commit(kKeyTiles * kTileBytes);
+    tma_load_4d(shared.blocks[ring.slot()], &p.kv_map, ring.full(), 0, 0, 0, row / kGroupRows,
+                kEvictFirst);
   }
+  ring.advance();
 }
 
 template <typename Config>
@@ -39,7 +34,7 @@ JAX_DS_DEVICE void load_query(const DecodeParams& p, NarrowShared<Config>& share
 
 template <typename Config>
 JAX_DS_DEVICE void produce(const DecodeParams& p, NarrowShared<Config>& shared) {
-  NarrowRing<Config> ring;
+  Pipeline<Config::kStages> ring(shared.ring);
   u32 q_phase = 0;
   Items items(p, shared.schedule);
   for (Item item; items.next(item);) {
@@ -55,270 +50,286 @@ JAX_DS_DEVICE void produce(const DecodeParams& p, NarrowShared<Config>& shared) 
   }
 }
 
-// ---- math: two warpgroups ----------------------------------------------------------------------
+// ---- scores: one warpgroup ---------------------------------------------------------------------
+
+// Query rows that one thread holds values of in an accumulator with the rows as columns.
+template <typename Config>
+struct Columns {
+  static JAX_DS_DEVICE int row(int column) {
+    return 8 * (column / 2) + 2 * (lane_id() % 4) + column % 2;
+  }
+  // Places in the accumulator of the thread's upper and lower token (or latent column).
+  static constexpr int upper(int column) { return 4 * (column / 2) + column % 2; }
+  static constexpr int lower(int column) { return upper(column) + 2; }
+};
 
 template <typename Config>
-struct NarrowMath {
+struct NarrowScores {
   static constexpr int kRows = Config::kRows;
-  static constexpr int kColumns = kRows / 4;  // query rows that one thread holds values of
+  static constexpr int kColumns = kRows / 4;
   using Element = typename Config::Element;
-  using Major = wgmma::Major;
+  using Scores = float[kRows / 2];
 
   const DecodeParams& p;
   NarrowShared<Config>& shared;
-  const int warp = warp_id();       // 0 .. 7
-  const int group = warp / 4;       // warpgroup: its block of a pair, its half of the columns
-  const int quad = lane_id() % 4;   // holds query rows 8 i + 2 quad + {0, 1}
-  const int token = 16 * (warp % 4) + lane_id() / 4;  // and token + 8, in the block
+  const int warp = warp_id();
+  const int token = 16 * warp + lane_id() / 4;  // and token + 8, in the block
 
-  NarrowRing<Config> ring;
+  Pipeline<Config::kStages> ring{shared.ring};
+  Pipeline<2> probabilities{shared.probabilities};
   u32 q_phase = 0;
-
-  float out[4][kRows / 2];  // O^T: four 64-column tiles of this warpgroup's half
   float row_max[kColumns];  // base 2, the reference point of the exponentials; alike in all threads
   float row_sum[kColumns];  // of this thread's own tokens
 
-  static JAX_DS_DEVICE int query_row(int column) {
-    return 8 * (column / 2) + 2 * (lane_id() % 4) + column % 2;
-  }
-
-  // S^T of this warpgroup's block.
-  JAX_DS_DEVICE void scores(NarrowRing<Config> tiles, float (&s)[kRows / 2]) {
+  // S^T = K Q^T.
+  JAX_DS_DEVICE void multiply(Scores& s) const {
+    constexpr auto kK = wgmma::Major::kK;
+    ring.wait();
+    const u64 k = wgmma::descriptor(shared_address(shared.blocks[ring.slot()]), kNarrowGroupStride);
+    const u64 q = wgmma::descriptor(shared_address(shared.q));
+    wgmma::fence();
 #pragma unroll
-    for (int place = 0; place < kKeyTiles; ++place) {
-      mbarrier_wait(&shared.full[tiles.slot], tiles.phase);
-      wgmma::fence();
-      const u64 k = wgmma::descriptor(shared_address(shared.ring[tiles.slot]));
-      const u64 q = wgmma::descriptor(shared_address(shared.q[key_tile(place)]));
+    for (int t = 0; t < kKeyTiles; ++t) {
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        wgmma::mma<Major::kK, Major::kK>(Element{}, s, k + 2 * step, q + 2 * step,
-                                         place + step != 0);
+        wgmma::mma<kK, kK>(Element{}, s, k + t * (kGroupTileBytes / 16) + 2 * step,
+                           q + t * (Config::kQueryTileBytes / 16) + 2 * step, t + step != 0);
       }
-      tiles = tiles.ahead(1);
     }
     wgmma::commit_group();
     wgmma::wait_group<0>();
   }
 
   // Scales to base 2, hides what a row may not see, and leaves each warp's row maxima in shared.
-  JAX_DS_DEVICE void mask_and_reduce(const Item& item, int block, float (&s)[kRows / 2]) {
+  JAX_DS_DEVICE void mask_and_reduce(const Item& item, int block, Scores& s) const {
     const int start = block * kBlock;
     const bool partial = start + kBlock > visible_tokens(p, item.length, 0);
-    float local[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      float& upper = s[4 * (c / 2) + c % 2];
-      float& lower = s[4 * (c / 2) + 2 + c % 2];
+      float& upper = s[Columns<Config>::upper(c)];
+      float& lower = s[Columns<Config>::lower(c)];
       upper *= p.scale_log2;
       lower *= p.scale_log2;
       if (partial) {
-        const int visible = visible_tokens(p, item.length, query_row(c)) - start;
+        const int visible = visible_tokens(p, item.length, Columns<Config>::row(c)) - start;
         if (token >= visible) upper = -kInfinity;
         if (token + 8 >= visible) lower = -kInfinity;
       }
-      local[c] = fmaxf(upper, lower);
+      float largest = fmaxf(upper, lower);
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) {
-        local[c] = fmaxf(local[c], __shfl_xor_sync(0xffffffffu, local[c], lanes));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
       }
-      if (lane_id() < 4) shared.warp_max[query_row(c)][warp] = local[c];
-    }
-  }
-
-  JAX_DS_DEVICE void no_scores() {
-    if (lane_id() < 4) {
-      for (int c = 0; c < kColumns; ++c) shared.warp_max[query_row(c)][warp] = -kInfinity;
+      if (lane_id() < 4) shared.warp_max[Columns<Config>::row(c)][warp] = largest;
     }
   }
 
   // Moves the reference points where the maxima have outgrown them, and the sums along.
   JAX_DS_DEVICE void update_max() {
-    float factor[kColumns];
-    bool changed = false;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const u32 address = shared_address(shared.warp_max[query_row(c)]);
-      const float4 a = ld_shared_v4_f32(address);
-      const float4 b = ld_shared_v4_f32(address + 16);
-      const float largest = fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)),
-                                  fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
-      factor[c] = power_of_two(move_reference(row_max[c], largest));
-      row_sum[c] *= factor[c];
-      changed |= factor[c] != 1.0f;
-    }
-    if (!__any_sync(0xffffffffu, changed)) return;
-#pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
-#pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) out[tile][i] *= factor[2 * (i / 4) + i % 2];
+      const int row = Columns<Config>::row(c);
+      const float4 m = ld_shared_v4_f32(shared_address(shared.warp_max[row]));
+      const float largest = fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w));
+      const float factor = power_of_two(move_reference(row_max[c], largest));
+      row_sum[c] *= factor;
+      if (warp == 0 && lane_id() < 4) shared.factor[probabilities.slot()][row] = factor;
     }
   }
 
   // P^T, transposed on the way into shared memory: rows x 64 tokens.
-  JAX_DS_DEVICE void store_probabilities(float (&s)[kRows / 2]) {
+  JAX_DS_DEVICE void store_probabilities(Scores& s) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float reference = finite_reference(row_max[c]);
-      float& upper = s[4 * (c / 2) + c % 2];
-      float& lower = s[4 * (c / 2) + 2 + c % 2];
+      float& upper = s[Columns<Config>::upper(c)];
+      float& lower = s[Columns<Config>::lower(c)];
       upper = exp2_approx(upper - reference);
       lower = exp2_approx(lower - reference);
       row_sum[c] += upper + lower;
     }
-    const u32 base = shared_address(shared.p[group]);
+    const u32 base = shared_address(shared.p[probabilities.slot()]);
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
       const int row = 8 * i + lane_id() % 8;
-      const int chunk = 2 * (warp % 4) + lane_id() / 8 % 2;  // eight tokens
-      stmatrix_x2_trans(base + swizzled(row, chunk),
-                        wgmma::pack(Element{}, s[4 * i], s[4 * i + 1]),
+      const int chunk = 2 * warp + lane_id() / 8 % 2;  // eight tokens
+      stmatrix_x2_trans(base + swizzled(row, chunk), wgmma::pack(Element{}, s[4 * i], s[4 * i + 1]),
                         wgmma::pack(Element{}, s[4 * i + 2], s[4 * i + 3]));
     }
   }
 
   // Unused slots of a page may hold NaN, which a zero probability would not hide.
-  JAX_DS_DEVICE void clear_unused_values(NarrowRing<Config> tiles, int tokens) {
-    for (int place = 1; place < kKeyTiles; ++place) {
-      const u32 base = shared_address(shared.ring[tiles.ahead(place).slot]);
-      for (int i = tokens * 8 + threadIdx.x % 128; i < kBlock * 8; i += 128) {
-        st_shared_v4(base + i * 16, 0, 0, 0, 0);
-      }
+  JAX_DS_DEVICE void clear_unused_values(int tokens) const {
+    for (int i = tokens * 64 + threadIdx.x; i < kBlock * 64; i += 128) {
+      const int row = i / 64, tile = i / 8 % 8, chunk = i % 8;
+      u8* target = shared.blocks[ring.slot()][row / kGroupRows][tile];
+      st_shared_v4(shared_address(target) + row % kGroupRows * 128 + chunk * 16, 0, 0, 0, 0);
     }
   }
 
-  JAX_DS_DEVICE void wait_values(NarrowRing<Config> tiles) {
-#pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
-      const NarrowRing<Config> at = tiles.ahead(1 + 4 * group + tile);
-      mbarrier_wait(&shared.full[at.slot], at.phase);
-    }
-  }
-
-  // O^T += V^T P^T over kBlocks blocks, this warpgroup's half of the columns. The waits come first
-  // and the products in one branch, or ptxas serialises them (C7519).
-  template <int kBlocks>
-  JAX_DS_DEVICE void accumulate(NarrowRing<Config> tiles, bool fresh) {
-    wgmma::fence();
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const u64 probabilities = wgmma::descriptor(shared_address(shared.p[block]));
-#pragma unroll
-      for (int tile = 0; tile < 4; ++tile) {
-        const u32 slot = tiles.ahead(1 + 4 * group + tile).slot;
-        const u64 v = wgmma::descriptor(shared_address(shared.ring[slot]));
-#pragma unroll
-        for (int step = 0; step < 4; ++step) {
-          wgmma::mma<Major::kMN, Major::kK>(Element{}, out[tile], v + 128 * step,
-                                            probabilities + 2 * step,
-                                            !fresh || block + step != 0);
-        }
-      }
-      tiles = tiles.ahead(kKeyTiles);
-    }
-    wgmma::commit_group();
-    wgmma::wait_group<0>();
-  }
-
-  JAX_DS_DEVICE void release_values(NarrowRing<Config> tiles) {
-    if (lane_id() != 0) return;
-    for (int tile = 0; tile < 4; ++tile) {
-      mbarrier_arrive(&shared.empty[tiles.ahead(1 + 4 * group + tile).slot]);
-    }
-  }
-
-  // Blocks `block` and, unless `single`, `block + 1`.
-  JAX_DS_DEVICE void pair(const Item& item, int block, bool single) {
-    const NarrowRing<Config> first = ring;
-    const NarrowRing<Config> second = ring.ahead(kKeyTiles);
-    const NarrowRing<Config> own = group == 0 ? first : second;
-    const int own_block = block + group;
-    const bool idle = single && group == 1;
-    float s[kRows / 2];
-    if (idle) {
-      no_scores();
-    } else {
-      scores(own, s);
-      if (lane_id() == 0) mbarrier_arrive(&shared.empty[own.slot]);  // the rotary tile
-      mask_and_reduce(item, own_block, s);
-    }
-    bar_sync(1, Config::kMathThreads);
-    update_max();
-    if (!idle) {
-      store_probabilities(s);
-      const int tokens = item.length - own_block * kBlock;
-      if (tokens < kBlock) clear_unused_values(own, tokens);
-      fence_proxy_async_shared();
-    }
-    bar_sync(2, Config::kMathThreads);
-    const bool fresh = block == item.first;
-    wait_values(first);
-    if (single) {
-      accumulate<1>(first, fresh);
-    } else {
-      wait_values(second);
-      accumulate<2>(first, fresh);
-      release_values(second);
-    }
-    release_values(first);
-    ring = single ? second : second.ahead(kKeyTiles);
-  }
-
-  // Sums over all threads' tokens; then 1 / sum (0 for an empty row) into row_sum, log2-sum into lse.
-  JAX_DS_DEVICE void finish_sums(float (&lse)[kColumns]) {
+  // Sums over all threads' tokens: the log-sum-exp out, its part of the normalisation to shared.
+  JAX_DS_DEVICE void finish(const Item& item) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) {
         row_sum[c] += __shfl_xor_sync(0xffffffffu, row_sum[c], lanes);
       }
-      if (lane_id() < 4) shared.warp_sum[query_row(c)][warp] = row_sum[c];
+      if (lane_id() < 4) shared.warp_sum[Columns<Config>::row(c)][warp] = row_sum[c];
     }
-    bar_sync(1, Config::kMathThreads);
-#pragma unroll
+    bar_sync(1, 128);
+    if (warp != 0 || lane_id() >= 4) return;
     for (int c = 0; c < kColumns; ++c) {
-      const u32 address = shared_address(shared.warp_sum[query_row(c)]);
-      const float4 a = ld_shared_v4_f32(address);
-      const float4 b = ld_shared_v4_f32(address + 16);
-      const float sum = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
-      lse[c] = row_max[c] + log2_approx(sum);
-      row_sum[c] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const int row = Columns<Config>::row(c);
+      const float4 m = ld_shared_v4_f32(shared_address(shared.warp_sum[row]));
+      const float sum = (m.x + m.y) + (m.z + m.w);
+      shared.inverse[probabilities.slot()][row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      store_lse(item, row, row_max[c] + log2_approx(sum));
     }
   }
 
-  JAX_DS_DEVICE void store_partial(const Item& item, const float (&lse)[kColumns]) {
+  JAX_DS_DEVICE void store_lse(const Item& item, int row, float lse) const {
+    const int R = p.S * p.H;
+    if (row >= R) return;
+    if (item.split) {
+      p.partial_lse[(2 * blockIdx.x + item.part_slot) * kRows + row] = lse;
+    } else {
+      p.lse[static_cast<i64>(item.request) * R + row] = lse * kLn2;
+    }
+  }
+
+  JAX_DS_DEVICE void run_block(const Item& item, int block) {
+    Scores s;
+    multiply(s);
+    mask_and_reduce(item, block, s);
+    // The output has done with the probabilities and factors two blocks ago.
+    probabilities.acquire();
+    bar_sync(1, 128);
+    update_max();
+    store_probabilities(s);
+    const int tokens = item.length - block * kBlock;
+    if (tokens < kBlock) clear_unused_values(tokens);
+    if (block + 1 == item.last) finish(item);
+    fence_proxy_async_shared();
+    // Also: all warps have read warp_max before the next block's is written.
+    bar_sync(1, 128);
+    if (threadIdx.x == 0) mbarrier_arrive(probabilities.full());
+    probabilities.advance();
+    ring.advance();
+  }
+
+  JAX_DS_DEVICE void run() {
+    Items items(p, shared.schedule);
+    for (Item item; items.next(item);) {
+      note_parts(p, shared.schedule, item, threadIdx.x == 0);
+      if (item.empty()) {
+        if (threadIdx.x < kRows) store_lse(item, threadIdx.x, -kInfinity);
+        continue;
+      }
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        row_max[c] = -kInfinity;
+        row_sum[c] = 0.0f;
+      }
+      mbarrier_wait(&shared.q_full, q_phase);
+      q_phase ^= 1;
+      for (int block = item.first; block < item.last; ++block) run_block(item, block);
+      // All of this warp's reads of the query ended with its last wait.
+      if (lane_id() == 0) mbarrier_arrive(&shared.q_empty);
+    }
+  }
+};
+
+// ---- output: one warpgroup ---------------------------------------------------------------------
+
+template <typename Config>
+struct NarrowOutput {
+  static constexpr int kRows = Config::kRows;
+  static constexpr int kColumns = kRows / 4;
+  using Element = typename Config::Element;
+  using Out = float[kValueTiles][kRows / 2];  // O^T, by tiles of 64 latent columns
+
+  const DecodeParams& p;
+  NarrowShared<Config>& shared;
+  const int warp = warp_id() % 4;
+
+  Pipeline<Config::kStages> ring{shared.ring};
+  Pipeline<2> probabilities{shared.probabilities};
+
+  JAX_DS_DEVICE void rescale(Out& out) const {
+    float factor[kColumns];
+    bool changed = false;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      factor[c] = shared.factor[probabilities.slot()][Columns<Config>::row(c)];
+      changed |= factor[c] != 1.0f;
+    }
+    if (!__any_sync(0xffffffffu, changed)) return;
+#pragma unroll
+    for (int tile = 0; tile < kValueTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) out[tile][i] *= factor[2 * (i / 4) + i % 2];
+    }
+  }
+
+  // O^T += V^T P^T.
+  JAX_DS_DEVICE void multiply(Out& out) const {
+    ring.wait();
+    const u64 p_tile = wgmma::descriptor(shared_address(shared.p[probabilities.slot()]));
+    const u64 v = wgmma::descriptor(shared_address(shared.blocks[ring.slot()]), kNarrowGroupStride);
+    wgmma::fence();
+#pragma unroll
+    for (int tile = 0; tile < kValueTiles; ++tile) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        wgmma::mma<wgmma::Major::kMN, wgmma::Major::kK>(
+            Element{}, out[tile],
+            v + tile * (kGroupTileBytes / 16) + step * (2 * kNarrowGroupStride / 16),
+            p_tile + 2 * step, true);
+      }
+    }
+    wgmma::commit_group();
+    wgmma::wait_group<0>();
+  }
+
+  JAX_DS_DEVICE void release_block() {
+    __syncwarp();
+    if (lane_id() == 0) {
+      ring.release();
+      probabilities.release();
+    }
+    probabilities.advance();
+    ring.advance();
+  }
+
+  JAX_DS_DEVICE void store_partial(const Item& item, const Out& out,
+                                   const float (&inverse)[kColumns]) const {
     const int slot = (2 * blockIdx.x + item.part_slot) * kRows;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const int row = query_row(c);
+      const int row = Columns<Config>::row(c);
       if (row >= p.S * p.H) continue;
-      if (warp == 0 && lane_id() < 4) p.partial_lse[slot + row] = lse[c];
-      float* target = p.partial_out + static_cast<i64>(slot + row) * kValueDim + 256 * group + token;
+      float* target =
+          p.partial_out + static_cast<i64>(slot + row) * kValueDim + 16 * warp + lane_id() / 4;
 #pragma unroll
-      for (int tile = 0; tile < 4; ++tile) {
-        target[64 * tile] = out[tile][4 * (c / 2) + c % 2] * row_sum[c];
-        target[64 * tile + 8] = out[tile][4 * (c / 2) + 2 + c % 2] * row_sum[c];
+      for (int tile = 0; tile < kValueTiles; ++tile) {
+        target[64 * tile] = out[tile][Columns<Config>::upper(c)] * inverse[c];
+        target[64 * tile + 8] = out[tile][Columns<Config>::lower(c)] * inverse[c];
       }
     }
   }
 
-  JAX_DS_DEVICE void store_final(const Item& item, const float (&lse)[kColumns]) {
+  JAX_DS_DEVICE void store_final(const Item& item, const Out& out,
+                                 const float (&inverse)[kColumns]) const {
     const int R = p.S * p.H;
-    const i64 base = static_cast<i64>(item.request) * R;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      if (warp == 0 && lane_id() < 4 && query_row(c) < R) {
-        p.lse[base + query_row(c)] = lse[c] * kLn2;
-      }
-    }
-    u16* out_rows = static_cast<u16*>(p.out) + base * kValueDim;
-    const int column = 256 * group + 16 * (warp % 4) + 2 * quad;
+    u16* out_rows = static_cast<u16*>(p.out) + static_cast<i64>(item.request) * R * kValueDim;
+    const int column = 16 * warp + 2 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
-      const float a = row_sum[2 * i], b = row_sum[2 * i + 1];
+      const float a = inverse[2 * i], b = inverse[2 * i + 1];
       const int row = 8 * i + lane_id() / 4;
 #pragma unroll
-      for (int tile = 0; tile < 4; ++tile) {
+      for (int tile = 0; tile < kValueTiles; ++tile) {
         const float* o = out[tile] + 4 * i;
         // Transposed: this lane then holds two neighbouring columns of one row.
         const u32 left = movmatrix_trans(wgmma::pack(Element{}, o[0] * a, o[1] * b));
@@ -335,30 +346,31 @@ struct NarrowMath {
   JAX_DS_DEVICE void run() {
     Items items(p, shared.schedule);
     for (Item item; items.next(item);) {
+      Out out;
+      float inverse[kColumns];
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        row_max[c] = -kInfinity;
-        row_sum[c] = 0.0f;
+      for (int i = 0; i < kValueTiles * (kRows / 2); ++i) {
+        out[i / (kRows / 2)][i % (kRows / 2)] = 0.0f;
       }
 #pragma unroll
-      for (int i = 0; i < 4 * (kRows / 2); ++i) out[i / (kRows / 2)][i % (kRows / 2)] = 0.0f;
-      if (!item.empty()) {
-        mbarrier_wait(&shared.q_full, q_phase);
-        q_phase ^= 1;
-        for (int block = item.first; block < item.last; block += 2) {
-          pair(item, block, block + 1 == item.last);
+      for (int c = 0; c < kColumns; ++c) inverse[c] = 0.0f;
+      for (int block = item.first; block < item.last; ++block) {
+        probabilities.wait();
+        if (block != item.first) rescale(out);
+        multiply(out);
+        if (block + 1 == item.last) {
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) {
+            inverse[c] = shared.inverse[probabilities.slot()][Columns<Config>::row(c)];
+          }
         }
-        // All of this warp's reads of the query ended with its last wait.
-        if (lane_id() == 0) mbarrier_arrive(&shared.q_empty);
+        release_block();
       }
-      float lse[kColumns];
-      finish_sums(lse);
       if (item.split) {
-        store_partial(item, lse);
+        store_partial(item, out, inverse);
       } else {
-        store_final(item, lse);
+        store_final(item, out, inverse);
       }
-      note_parts(p, shared.schedule, item, threadIdx.x == 0);
     }
   }
 };
@@ -366,33 +378,34 @@ struct NarrowMath {
 // ---- entry -------------------------------------------------------------------------------------
 
 template <typename Config>
-__global__ __launch_bounds__(Config::kThreads, 1) void decode_narrow(
-    const __grid_constant__ DecodeParams p) {
+__global__ __launch_bounds__(Config::kThreads,
+                             1) void decode_narrow(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) u8 bytes[];
-  static_assert(sizeof(NarrowShared<Config>) <= 232448);
+  static_assert(sizeof(NarrowShared<Config>) <= kMaxSharedBytes);
   auto& shared = *reinterpret_cast<NarrowShared<Config>*>(bytes);
   const u32 warp = warp_id();
   griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   if (warp == 0) {
     const Scheduler<Config::kOverhead, Config::kWholePercent> scheduler(p);
     const Schedule schedule = scheduler.schedule(blockIdx.x);
     if (lane_id() == 0) shared.schedule = schedule;
-  } else if (warp == Config::kMathThreads / 32 && elect_one()) {
+  } else if (warp == 8 && elect_one()) {
     prefetch_tensormap(&p.kv_map);
     prefetch_tensormap(&p.q_map);
-    for (int i = 0; i < Config::kSlots; ++i) {
-      mbarrier_init(&shared.full[i], 1);
-      mbarrier_init(&shared.empty[i], 4);  // the warps of one warpgroup
-    }
+    shared.ring.init(1, 4);  // emptied by the warps of the output
+    shared.probabilities.init(1, 4);
     mbarrier_init(&shared.q_full, 1);
-    mbarrier_init(&shared.q_empty, Config::kMathThreads / 32);
+    mbarrier_init(&shared.q_empty, 4);
     fence_mbarrier_init();
   }
   __syncthreads();
-  if (warp == Config::kMathThreads / 32) {
+  if (warp == 8) {
     produce<Config>(p, shared);
+  } else if (warp < 4) {
+    NarrowScores<Config>{p, shared}.run();
   } else {
-    NarrowMath<Config>{p, shared}.run();
+    NarrowOutput<Config>{p, shared}.run();
   }
 }
 

@@ -78,12 +78,6 @@ struct PageRows {
     }
     return __shfl_sync(0xffffffffu, current, block - base);
   }
-
-  // The row of a block up to 32 past the last one asked of row().
-  JAX_DS_DEVICE int row_ahead(int block) const {
-    const int from = block - base < 32 ? current : next;
-    return __shfl_sync(0xffffffffu, from, (block - base) % 32);
-  }
 };
 
 // Tells the combining kernel how a request was shared out; its first part's group does.

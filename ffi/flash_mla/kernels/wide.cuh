@@ -42,36 +42,28 @@ struct Producer {
   WideShared<Config>& shared;
   Progress at;
 
-  // Two CTAs share a half's four column tiles; each loads two, for both.
-  JAX_DS_DEVICE void load_half(int half, int row) {
-    u64* full = &shared.values_full[at.stage()][half];
-    mbarrier_wait(&shared.values_empty[at.stage()][half], at.stage_phase() ^ 1);
-    if (elect_one()) {
-      mbarrier_arrive_expect_tx(full, 4 * kTileBytes);
-      if constexpr (Config::kCluster == 1) {
-        tma_load_3d(shared.values[at.stage()][4 * half], &p.kv_map, full, 0, row, 4 * half);
-      } else {
-        const int tile = 4 * half + 2 * cluster_ctarank();
-        tma_load_3d_multicast(shared.values[at.stage()][tile], &p.kv_map, full,
-                              Config::kMulticast, 0, row, tile);
-      }
+  // Each CTA of a cluster loads its share of the groups, for all.
+  JAX_DS_DEVICE void load(const TensorMap* map, u8* target, int group_bytes, u64* full, int tile,
+                          int row) const {
+    if (!elect_one()) return;
+    mbarrier_arrive_expect_tx(full, kGroups * group_bytes);
+    if constexpr (Config::kCluster == 1) {
+      tma_load_4d(target, map, full, 0, 0, tile, row / kGroupRows);
+    } else {
+      const int first = cluster_ctarank() * (kGroups / Config::kCluster);
+      tma_load_4d_multicast(target + first * group_bytes, map, full, Config::kMulticast, 0, 0, tile,
+                            row / kGroupRows + first);
     }
   }
 
-  JAX_DS_DEVICE void load_rope(int row) {
-    const u32 slot = at.slot();
-    u64* full = &shared.rope_full[slot];
-    mbarrier_wait(&shared.rope_empty[slot], at.slot_phase() ^ 1);
-    if (elect_one()) {
-      mbarrier_arrive_expect_tx(full, kTileBytes);
-      if constexpr (Config::kCluster == 1) {
-        tma_load_3d(shared.rope[slot], &p.rope_map, full, 0, row, kKeyTiles - 1);
-      } else if (slot == cluster_ctarank()) {
-        tma_load_3d_multicast(shared.rope[slot], &p.rope_map, full, Config::kMulticast, 0, row,
-                              kKeyTiles - 1);
-      }
-      st_volatile_shared(&shared.loaded, ld_volatile_shared(&shared.loaded) + 1);
-    }
+  JAX_DS_DEVICE void load_block(int row) {
+    mbarrier_wait(&shared.values_empty[at.stage()], at.stage_phase() ^ 1);
+    load(&p.kv_map, shared.values[at.stage()][0][0], kWideGroupStride,
+         &shared.values_full[at.stage()], 0, row);
+    at.template advance_stage<Config::kStages>();
+    mbarrier_wait(&shared.rope_empty[at.slot()], at.slot_phase() ^ 1);
+    load(&p.rope_map, shared.rope[at.slot()], kGroupTileBytes, &shared.rope_full[at.slot()],
+         kKeyTiles - 1, row);
     at.advance_slot();
   }
 
@@ -86,20 +78,18 @@ struct Producer {
   }
 
   JAX_DS_DEVICE void load_query(const Item& item) {
-    mbarrier_wait(&shared.values_empty[at.stage()][0], at.stage_phase() ^ 1);
-    mbarrier_wait(&shared.values_empty[at.stage()][1], at.stage_phase() ^ 1);
+    mbarrier_wait(&shared.values_empty[at.stage()], at.stage_phase() ^ 1);
     mbarrier_wait(&shared.q_empty, (at.items() + 1) % 2);
     announce({item.request, item.length - item.first * kBlock, item.last - item.first,
               item.split ? item.part_slot : kWhole});
     if (elect_one()) {
-      u64* full = shared.values_full[at.stage()];
-      mbarrier_arrive_expect_tx(&full[0], 4 * kTileBytes);
-      mbarrier_arrive_expect_tx(&full[1], (kKeyTiles - 4) * kTileBytes);
+      u64* full = &shared.values_full[at.stage()];
+      mbarrier_arrive_expect_tx(full, kKeyTiles * kTileBytes);
       const int row = item.request * p.S * p.H + shared.place.first_row;
       for (int t = 0; t < kKeyTiles; ++t) {
-        u8* target = t < Config::kQueryRegTiles ? shared.values[at.stage()][t]
+        u8* target = t < Config::kQueryRegTiles ? shared.query[at.stage()][t]
                                                 : shared.q[t - Config::kQueryRegTiles];
-        tma_load_2d(target, &p.q_map, &full[t < 4 ? 0 : 1], t * kTileCols, row);
+        tma_load_2d(target, &p.q_map, full, t * kTileCols, row);
       }
     }
     at.template advance_stage<Config::kStages>();
@@ -111,39 +101,13 @@ struct Producer {
       if (item.empty()) continue;
       load_query(item);
       PageRows rows(p, item);
-      for (int block = item.first; block < item.last; ++block) {
-        const int row = rows.row(block);
-        load_half(0, row);
-        load_half(1, row);
-        load_rope(row);
-        at.template advance_stage<Config::kStages>();
-      }
+      for (int block = item.first; block < item.last; ++block) load_block(rows.row(block));
     }
     announce({.blocks = 0});
   }
 };
 
-// Warp 1 brings pages to L2, kPrefetch blocks ahead of the loads; a CTA of a cluster its half of each.
-template <typename Config>
-JAX_DS_DEVICE void prefetch_pages(const DecodeParams& p, WideShared<Config>& shared) {
-  constexpr u32 kBytes = kBlock * kKeyDim * 2 / Config::kCluster;
-  const u32 part = Config::kCluster == 1 ? 0 : cluster_ctarank() * kBytes;
-  u32 blocks = 0;  // counted over all items, as by the loads
-  Items items(p, shared.schedule);
-  for (Item item; items.next(item);) {
-    PageRows rows(p, item);
-    for (int block = item.first; block < item.last; ++block, ++blocks) {
-      const int row = rows.row(block);
-      while (ld_volatile_shared(&shared.loaded) + Config::kPrefetch < blocks) __nanosleep(200);
-      if (elect_one()) {
-        bulk_prefetch(static_cast<const u8*>(p.pages) + static_cast<i64>(row) * kKeyDim * 2 + part,
-                      kBytes);
-      }
-    }
-  }
-}
-
-// Warp 2 writes the results of requests without tokens and notes how requests were shared out.
+// Warp 1 writes the results of requests without tokens and notes how requests were shared out.
 template <typename Config>
 JAX_DS_DEVICE void write_empty(const DecodeParams& p, WideShared<Config>& shared) {
   const int R = p.S * p.H;
@@ -182,18 +146,17 @@ struct Scores {
   static JAX_DS_DEVICE int matrix_row() { return 16 * (warp_id() % 4) + lane_id() % 16; }
 
   JAX_DS_DEVICE void load_query(Query& q) {
-    mbarrier_wait(&shared.values_full[at.stage()][0], at.stage_phase());
-    mbarrier_wait(&shared.values_full[at.stage()][1], at.stage_phase());
+    mbarrier_wait(&shared.values_full[at.stage()], at.stage_phase());
 #pragma unroll
     for (int i = 0; i < Config::kQueryFragments; ++i) {
-      ldmatrix_x4(shared_address(shared.values[at.stage()][i / 4]) +
+      ldmatrix_x4(shared_address(shared.query[at.stage()][i / 4]) +
                       swizzled(matrix_row(), 2 * (i % 4) + lane_id() / 16),
                   q[i]);
     }
     // The fragment without registers: a thread moves 16 bytes.
     const int chunk = lane_id() / 16;
     const uint4 piece =
-        ld_shared_v4(shared_address(shared.values[at.stage()][Config::kQueryRegTiles - 1]) +
+        ld_shared_v4(shared_address(shared.query[at.stage()][Config::kQueryRegTiles - 1]) +
                      swizzled(matrix_row(), 6 + chunk));
     bar_sync(1, 128);  // all warps have done with the previous item's
     st_shared_v4(shared_address(shared.q_fragment[chunk][matrix_row()]), piece.x, piece.y, piece.z,
@@ -203,28 +166,29 @@ struct Scores {
     release_stage();
   }
 
+  // On behalf of both output warpgroups, which take no notice of the query's stage.
   JAX_DS_DEVICE void release_stage() {
     if (lane_id() == 0) {
-      release<Config>(&shared.values_empty[at.stage()][0]);
-      release<Config>(&shared.values_empty[at.stage()][1]);
+      release<Config>(&shared.values_empty[at.stage()]);
+      release<Config>(&shared.values_empty[at.stage()]);
     }
     at.template advance_stage<Config::kStages>();
   }
 
   // S = Q K^T. Once all but the rotary part is through, opens the previous block's P V.
   JAX_DS_DEVICE void multiply(const Query& q, float (&s)[32], bool open_previous) const {
+    mbarrier_wait(&shared.values_full[at.stage()], at.stage_phase());
+    wgmma::fence();
 #pragma unroll
     for (int t = 0; t < kValueTiles; ++t) {
-      if (t % 4 == 0) {
-        mbarrier_wait(&shared.values_full[at.stage()][t / 4], at.stage_phase());
-        wgmma::fence();
-      }
-      const u64 k = wgmma::descriptor(shared_address(shared.values[at.stage()][t]));
+      const u64 k =
+          wgmma::descriptor(shared_address(shared.values[at.stage()][0][t]), kWideGroupStride);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         const int i = 4 * t + step;
         if (i < Config::kQueryFragments) {
-          wgmma::mma<kK>(Element{}, s, q[i < Config::kQueryFragments ? i : 0], k + 2 * step, i != 0);
+          wgmma::mma<kK>(Element{}, s, q[i < Config::kQueryFragments ? i : 0], k + 2 * step,
+                         i != 0);
         } else if (i == Config::kQueryFragments) {
           wgmma::mma<kK, kK>(Element{}, s,
                              wgmma::descriptor_unswizzled(shared_address(shared.q_fragment), 1024),
@@ -257,8 +221,7 @@ struct Scores {
     if (tokens - (p.causal ? p.S - 1 : 0) >= kBlock) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int visible =
-          visible_tokens(p, tokens, shared.place.first_row + row + 8 * half);
+      const int visible = visible_tokens(p, tokens, shared.place.first_row + row + 8 * half);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int token = 8 * i + 2 * (lane_id() % 4);
@@ -310,12 +273,10 @@ struct Scores {
 
   // Unused slots of a page may hold NaN, which a zero probability would not hide.
   JAX_DS_DEVICE void clear_unused_values(int tokens) const {
-    const int chunks = (kBlock - tokens) * 8;
-    for (int t = 0; t < kValueTiles; ++t) {
-      const u32 base = shared_address(shared.values[at.stage()][t]) + tokens * 128;
-      for (int i = threadIdx.x % 128; i < chunks; i += 128) {
-        st_shared_v4(base + i * 16, 0, 0, 0, 0);
-      }
+    for (int i = tokens * 64 + threadIdx.x % 128; i < kBlock * 64; i += 128) {
+      const int row = i / 64, tile = i / 8 % 8, chunk = i % 8;
+      const u8* target = shared.values[at.stage()][row / kGroupRows][tile];
+      st_shared_v4(shared_address(target) + row % kGroupRows * 128 + chunk * 16, 0, 0, 0, 0);
     }
   }
 
@@ -343,9 +304,10 @@ struct Scores {
     reference[0] = reference[1] = -kInfinity;
     sum[0] = sum[1] = 0.0f;
     int tokens = item.tokens;
+    bool opened = true;  // the previous block's P V
     for (int blocks = item.blocks; blocks > 0; --blocks, tokens -= kBlock) {
       float s[32];
-      multiply(q, s, tokens != item.tokens);
+      multiply(q, s, !opened);
       if (blocks == 1 && lane_id() == 0) mbarrier_arrive(&shared.q_empty);
       mask(tokens, s);
       softmax(s);
@@ -355,9 +317,12 @@ struct Scores {
       if (blocks == 1) finish(item);
       fence_proxy_async_shared();
       __syncwarp();
-      // Later blocks open this one's P V; the last one has none after it.
-      if (blocks == 1 && lane_id() == 0) mbarrier_arrive(&shared.go[at.slot()]);
+      const u32 slot = at.slot();
       at.template advance_stage<Config::kStages>();
+      // The next block opens this one's P V, unless there is none or it is still to come.
+      opened =
+          blocks == 1 || !mbarrier_test_wait(&shared.values_full[at.stage()], at.stage_phase());
+      if (opened && lane_id() == 0) mbarrier_arrive(&shared.go[slot]);
       at.advance_slot();
     }
   }
@@ -381,7 +346,7 @@ struct Output {
 
   const DecodeParams& p;
   WideShared<Config>& shared;
-  const int half;  // of the columns
+  const int half;                                        // of the columns
   const int row = 16 * (warp_id() % 4) + lane_id() / 4;  // and row + 8
 
   Progress at;
@@ -398,17 +363,18 @@ struct Output {
   // As two products of 128 columns: ptxas gives one of 256 no registers in a CTA of 512 threads.
   JAX_DS_DEVICE void multiply(float (&out)[128]) const {
     const u64 probabilities = wgmma::descriptor(shared_address(shared.rope[at.slot()]));
-    const u64 v =
-        wgmma::descriptor(shared_address(shared.values[at.stage()][4 * half]), kTileBytes);
-    float(&left)[64] = *reinterpret_cast<float(*)[64]>(&out[0]);
-    float(&right)[64] = *reinterpret_cast<float(*)[64]>(&out[64]);
+    const u64 v = wgmma::descriptor(shared_address(shared.values[at.stage()][0][4 * half]),
+                                    kWideGroupStride, kGroupTileBytes);
+    float (&left)[64] = *reinterpret_cast<float (*)[64]>(&out[0]);
+    float (&right)[64] = *reinterpret_cast<float (*)[64]>(&out[64]);
     wgmma::fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
+      const u64 rows = v + step * (2 * kWideGroupStride / 16);
       wgmma::mma<wgmma::Major::kK, wgmma::Major::kMN>(Element{}, left, probabilities + 2 * step,
-                                                      v + 128 * step, true);
+                                                      rows, true);
       wgmma::mma<wgmma::Major::kK, wgmma::Major::kMN>(Element{}, right, probabilities + 2 * step,
-                                                      v + 2 * kTileBytes / 16 + 128 * step, true);
+                                                      rows + 2 * kGroupTileBytes / 16, true);
     }
     wgmma::commit_group();
     wgmma::wait_group<0>();
@@ -417,7 +383,7 @@ struct Output {
   JAX_DS_DEVICE void release_block() {
     __syncwarp();
     if (lane_id() == 0) {
-      release<Config>(&shared.values_empty[at.stage()][half]);
+      release<Config>(&shared.values_empty[at.stage()]);
       release<Config>(&shared.rope_empty[at.slot()]);
     }
     at.template advance_stage<Config::kStages>();
@@ -456,9 +422,8 @@ struct Output {
                                  float lower) const {
     const int R = p.S * p.H;
     const int r = shared.place.first_row + row;
-    u16* target = static_cast<u16*>(p.out) +
-                  (static_cast<i64>(item.request) * R + r) * kValueDim + 256 * half +
-                  8 * (lane_id() % 4);
+    u16* target = static_cast<u16*>(p.out) + (static_cast<i64>(item.request) * R + r) * kValueDim +
+                  256 * half + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
       u32 a[4], b[4];
@@ -483,7 +448,7 @@ struct Output {
     const int blocks = item.blocks;
     for (int i = 0; i < blocks; ++i) {
       mbarrier_wait(&shared.go[at.slot()], at.slot_phase());
-      mbarrier_wait(&shared.values_full[at.stage()][half], at.stage_phase());
+      mbarrier_wait(&shared.values_full[at.stage()], at.stage_phase());
       if (i != 0) rescale(out);
       multiply(out);
       // Read before the slot is released: the scores of the next item may overwrite it.
@@ -516,16 +481,14 @@ struct Output {
 
 template <typename Config>
 JAX_DS_DEVICE void init_barriers(WideShared<Config>& shared) {
-  constexpr u32 kReleases = 4 * Config::kCluster;  // a warpgroup's warps, in every CTA
+  constexpr u32 kReleases = 8 * Config::kCluster;  // the output's warps, in every CTA
   for (int i = 0; i < Config::kStages; ++i) {
-    for (int half = 0; half < 2; ++half) {
-      mbarrier_init(&shared.values_full[i][half], 1);
-      mbarrier_init(&shared.values_empty[i][half], kReleases);
-    }
+    mbarrier_init(&shared.values_full[i], 1);
+    mbarrier_init(&shared.values_empty[i], kReleases);
   }
   for (int i = 0; i < Config::kRopeSlots; ++i) {
     mbarrier_init(&shared.rope_full[i], 1);
-    mbarrier_init(&shared.rope_empty[i], 2 * kReleases);
+    mbarrier_init(&shared.rope_empty[i], kReleases);
     mbarrier_init(&shared.go[i], 4);
   }
   for (int i = 0; i < Config::kAnnouncements; ++i) mbarrier_init(&shared.announced[i], 1);
@@ -534,13 +497,14 @@ JAX_DS_DEVICE void init_barriers(WideShared<Config>& shared) {
 }
 
 template <typename Config>
-__global__ __launch_bounds__(Config::kThreads, 1) void decode_wide(
-    const __grid_constant__ DecodeParams p) {
+__global__ __launch_bounds__(Config::kThreads,
+                             1) void decode_wide(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) u8 bytes[];
-  static_assert(sizeof(WideShared<Config>) <= 232448);
+  static_assert(sizeof(WideShared<Config>) <= kMaxSharedBytes);
   auto& shared = *reinterpret_cast<WideShared<Config>*>(bytes);
   const u32 warp = warp_id();
   griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   if (warp == 0) {
     const Scheduler<Config::kOverhead, Config::kWholePercent> scheduler(p);
     const Place place = place_of<Config>(p);
@@ -548,7 +512,6 @@ __global__ __launch_bounds__(Config::kThreads, 1) void decode_wide(
     if (lane_id() == 0) {
       shared.schedule = schedule;
       shared.place = place;
-      shared.loaded = 0;
     }
   } else if (warp == 1 && elect_one()) {
     prefetch_tensormap(&p.kv_map);
@@ -562,8 +525,7 @@ __global__ __launch_bounds__(Config::kThreads, 1) void decode_wide(
   if (warp < 4) {
     setmaxnreg_dec<Config::kProducerRegisters>();
     if (warp == 0) Producer<Config>{p, shared}.run();
-    if (warp == 1) prefetch_pages<Config>(p, shared);
-    if (warp == 2) write_empty<Config>(p, shared);
+    if (warp == 1) write_empty<Config>(p, shared);
   } else if (warp < 8) {
     setmaxnreg_inc<Config::kScoresRegisters>();
     Scores<Config>{p, shared}.run();

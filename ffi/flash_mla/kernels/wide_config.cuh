@@ -1,14 +1,14 @@
 // Decode for many query rows: tiles, shared memory, barriers and registers.
 //
 // A CTA works on 64 query rows. Roles, a warpgroup each:
-//   producer  pages into shared memory; a cluster of two halves the loads (each CTA multicasts half);
+//   producer  pages into shared memory; in a cluster of two each CTA loads half, for both;
 //   scores    S = Q K^T with most of Q in registers, softmax, P into shared memory;
 //   output x2 O += P V, 256 of the 512 columns each. V is K's latent part, read in place.
-// The tensor cores see, block after block, Q K_j^T while P_{j-1} V_{j-1} waits, then P_{j-1} V_{j-1}
-// while the scores' softmax runs: `go` opens P_{j-1} V_{j-1} when Q K_j^T is all but done.
+// The tensor cores see, block after block, Q K_j^T while P_{j-1} V_{j-1} waits, then P_{j-1}
+// V_{j-1} while the scores' softmax runs: `go` opens P_{j-1} V_{j-1} when Q K_j^T is all but done.
 //
-// P_j takes the place of K_j's rotary tile, which nobody reads after Q K_j^T. The first seven column
-// tiles of an item's Q come through a value stage on their way to registers.
+// P_j takes the place of K_j's rotary tile, which nobody reads after Q K_j^T. The first seven
+// column tiles of an item's Q come through a value stage on their way to registers.
 #pragma once
 
 #include "flash_mla/kernels/schedule.cuh"
@@ -22,16 +22,15 @@ template <int kCluster_, typename Element_>
 struct WideConfig {
   using Element = Element_;
   static constexpr int kCluster = kCluster_;
-  static constexpr int kRows = 64;  // query rows of a CTA
-  static constexpr int kThreads = 512;
-  static constexpr int kStages = 3;       // of values: 64 tokens x 512 columns
+  static constexpr int kRows = kWideRows;
+  static constexpr int kThreads = kWideThreads;
+  static constexpr int kStages = 3;  // of values: 64 tokens x 512 columns
   static constexpr int kRopeSlots = 2;
-  static constexpr int kQueryRegTiles = 7;     // of which the last 16 columns go to shared memory
+  static constexpr int kQueryRegTiles = 7;  // of which the last 16 columns go to shared memory
   static constexpr int kQueryFragments = 4 * kQueryRegTiles - 1;
   static constexpr int kQuerySharedTiles = kKeyTiles - kQueryRegTiles;
   // The producer is at most three stages ahead of the slowest role, which may still be storing.
   static constexpr int kAnnouncements = 4;
-  static constexpr int kPrefetch = 4;     // blocks brought to L2 ahead of their load
   static constexpr int kProducerRegisters = 24;
   static constexpr int kScoresRegisters = 168;
   static constexpr int kOutputRegisters = 160;
@@ -59,22 +58,28 @@ inline constexpr int kWhole = -1;
 
 template <typename Config>
 struct alignas(1024) WideShared {
-  u8 values[Config::kStages][kValueTiles][kTileBytes];  // 64 tokens x 64 columns
-  u8 rope[Config::kRopeSlots][kTileBytes];              // 64 tokens x 64 columns, then P: 64 x 64
-  u8 q[Config::kQuerySharedTiles][kTileBytes];          // 64 rows x 64 columns
+  // Groups of 8 tokens x 64 columns, about in the order in which memory holds them. The query on
+  // its way to registers: column tiles of 64 rows.
+  union {
+    u8 values[Config::kStages][kGroups][kValueTiles][kGroupTileBytes];
+    u8 query[Config::kStages][kValueTiles][kTileBytes];
+  };
+  u8 rope[Config::kRopeSlots][kTileBytes];      // 64 tokens x 64 columns, then P: 64 x 64
+  u8 q[Config::kQuerySharedTiles][kTileBytes];  // 64 rows x 64 columns
   u8 q_fragment[2][64][16];  // 64 rows x 16 columns that find no room in registers, unswizzled
   u8 shift[Config::kRopeSlots][64];       // the output so far is to be scaled by 2^-shift, by row
   float inverse[Config::kRopeSlots][64];  // 1 / row sum, after an item's last block
-  u64 values_full[Config::kStages][2], values_empty[Config::kStages][2];  // by half of the columns
+  u64 values_full[Config::kStages], values_empty[Config::kStages];
   u64 rope_full[Config::kRopeSlots], rope_empty[Config::kRopeSlots];
   u64 go[Config::kRopeSlots];
   u64 announced[Config::kAnnouncements];
   u64 q_empty;
   Schedule schedule;
   Place place;
-  u32 loaded;  // blocks, by the producer
   Announcement announcements[Config::kAnnouncements];
 };
+
+inline constexpr u32 kWideGroupStride = kValueTiles * kGroupTileBytes;
 
 // Where a role is in the rings, in one register: the math warpgroups have none to spare.
 struct Progress {

@@ -1,0 +1,94 @@
+"""Which decode kernel is chosen, what is said about it, and how the custom calls are lowered."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_ds import flash_mla
+from jax_ds.flash_mla import ffi
+
+
+def _array(*shape: int, dtype: jnp.dtype = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("query_rows", "tile"),
+    [
+        (1, ("narrow", 8, 1)),
+        (12, ("narrow", 16, 1)),
+        (20, ("narrow", 24, 1)),
+        (32, ("narrow", 32, 1)),
+        (33, ("wide", 64, 1)),
+        (64, ("wide", 64, 1)),
+        (96, ("wide", 64, 2)),
+        (192, ("wide", 64, 1)),
+        (512, ("wide", 64, 2)),
+    ],
+)
+def test_tile(query_rows: int, tile: tuple[str, int, int]) -> None:
+    assert ffi.decode_tile(query_rows) == tile
+
+
+@pytest.mark.parametrize(
+    ("q", "pages", "value_dim", "words"),
+    [
+        (_array(8, 2, 10, 576), _array(9, 64, 576), 512, ("narrow", "20 query rows", "tile of 24")),
+        (_array(8, 1, 128, 576), _array(9, 128, 576), 512, ("wide", "2 tiles of 64", "pairs")),
+        (_array(8, 1, 8, 576), _array(9, 16, 576), 512, ("portable", "page sizes", "16")),
+        (_array(8, 1, 8, 576), _array(9, 64, 576), 256, ("portable", "value_dim 512", "256")),
+        (_array(8, 1, 8, 24), _array(9, 64, 24), 16, ("portable", "rows of 576", "24")),
+        (
+            _array(8, 1, 8, 576, dtype=jnp.float32),
+            _array(9, 64, 576, dtype=jnp.float32),
+            512,
+            ("portable", "float16", "float32"),
+        ),
+    ],
+)
+def test_explain(
+    q: jax.ShapeDtypeStruct, pages: jax.ShapeDtypeStruct, value_dim: int, words: tuple[str, ...]
+) -> None:
+    said = flash_mla.explain(q, pages, value_dim=value_dim)
+    assert all(word in said for word in words), said
+
+
+def test_explain_checks_ranks() -> None:
+    with pytest.raises(ValueError, match="q: "):
+        flash_mla.explain(_array(8, 128, 576), _array(9, 64, 576))
+
+
+def _lowered(function, *operands: jax.ShapeDtypeStruct) -> str:  # type: ignore[no-untyped-def]
+    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_append_is_lowered_in_place() -> None:
+    ints = jnp.int32
+    text = _lowered(
+        flash_mla.append,
+        _array(9, 64, 576),
+        _array(2, 1, 576),
+        _array(2, 4, dtype=ints),
+        _array(2, dtype=ints),
+    )
+    call = next(line for line in text.splitlines() if "jax_ds_flash_mla_append" in line)
+    assert "output_operand_alias" in call
+
+
+def test_no_size_of_the_batch_is_an_attribute() -> None:
+    """Or every batch size would be a compilation of its own."""
+
+    def attributes(batch: int) -> str:
+        ints = jnp.int32
+        text = _lowered(
+            flash_mla.decode,
+            _array(batch, 2, 16, 576),
+            _array(9, 64, 576),
+            _array(batch, 4, dtype=ints),
+            _array(batch, dtype=ints),
+        )
+        call = next(line for line in text.splitlines() if "jax_ds_flash_mla_decode" in line)
+        return call.partition("mhlo.backend_config = ")[2].partition("}")[0]
+
+    assert "heads = 16" in attributes(3)
+    assert attributes(3) == attributes(5)

@@ -1,0 +1,76 @@
+// Decode's plans fit the GPU, the kernels and the workspace that Python provides.
+#include <algorithm>
+#include <cstdint>
+
+#include "flash_mla/decode_plan.h"
+#include "tests/native/testing.h"
+
+namespace mla = jax_ds::flash_mla;
+
+namespace {
+
+constexpr int64_t kRows[] = {1, 2, 8, 9, 16, 20, 32, 33, 64, 65, 96, 128, 192, 256, 384, 512, 8192};
+
+void Choice() {
+  CHECK_EQ(mla::PlanDecode(1, false)->rows, 8);
+  CHECK_EQ(mla::PlanDecode(20, false)->rows, 24);
+  CHECK(mla::PlanDecode(32, false)->narrow);
+  CHECK(!mla::PlanDecode(33, false)->narrow);
+  CHECK_EQ(mla::PlanDecode(64, true)->cluster, 1);
+  CHECK_EQ(mla::PlanDecode(96, true)->cluster, 2);   // two tiles of 64 rows
+  CHECK_EQ(mla::PlanDecode(192, true)->cluster, 1);  // three
+  CHECK(mla::PlanDecode(0, false).has_error());
+  CHECK(mla::PlanDecode(int64_t{1} << 25, false).has_error());
+}
+
+void Geometry() {
+  for (int64_t rows : kRows) {
+    const mla::DecodeConfig config = *mla::PlanDecode(rows, false);
+    for (int multiprocessors : {1, 2, 78, 114, 132, 160}) {
+      const mla::DecodeLaunch launch = mla::LaunchDecode(config, rows, multiprocessors);
+      // Every query row has a tile, and tiles are full but for the last.
+      CHECK(int64_t{launch.row_groups} * launch.tile_rows >= rows);
+      CHECK(int64_t{launch.row_groups - 1} * launch.tile_rows < rows);
+      CHECK(launch.num_groups >= 1 && launch.num_groups <= mla::kMaxParts);
+      CHECK_EQ(launch.grid,
+               static_cast<unsigned>(launch.num_groups * launch.row_groups * config.cluster));
+      // One wave, unless the rows of a single request already need more.
+      CHECK(launch.num_groups == 1 || static_cast<int>(launch.grid) <= multiprocessors);
+      // jax_ds/flash_mla/ffi.py provides two parts for each of 132 CTAs.
+      CHECK(launch.workspace_rows <= int64_t{2} * mla::kMaxCtas * config.rows);
+      CHECK(launch.num_groups == 1 || launch.workspace_rows > 0);
+    }
+  }
+}
+
+void Combine() {
+  const mla::DecodeConfig config = *mla::PlanDecode(16, false);
+  const mla::DecodeLaunch launch = mla::LaunchDecode(config, 16, 132);
+  CHECK(mla::LaunchCombine(launch, 1, 16).many);
+  CHECK_EQ(mla::LaunchCombine(launch, 1, 16).grid, 64u);
+  CHECK(!mla::LaunchCombine(launch, 128, 16).many);
+  CHECK_EQ(mla::LaunchCombine(launch, 128, 16).grid, 256u);
+  CHECK_EQ(mla::LaunchCombine(launch, 11, 3).grid, 5u);
+}
+
+void EveryChoiceIsListed() {
+  const auto kernels = mla::AllDecodeKernels();
+  auto listed = [&](const jax_ds::jit::KernelSpec& spec) {
+    return std::count(kernels.begin(), kernels.end(), spec) == 1;
+  };
+  CHECK(listed(mla::AppendSpec()));
+  for (bool half : {false, true}) {
+    for (int64_t rows : kRows) CHECK(listed(mla::DecodeSpec(*mla::PlanDecode(rows, half))));
+    for (bool many : {false, true}) CHECK(listed(mla::CombineSpec(many, half)));
+  }
+}
+
+}  // namespace
+
+int main() {
+  Choice();
+  Geometry();
+  Combine();
+  EveryChoiceIsListed();
+  return jax_ds::testing::failures;
+}
