@@ -7,10 +7,11 @@
 #include <chrono>
 #include <stdexcept>
 
-#include "deep_gemm/handler.h"
 #include "comm/device.h"
 #include "comm/nccl.h"
 #include "deep_ep/handler.h"
+#include "deep_gemm/handler.h"
+#include "deep_gemm/plan.h"
 #include "flash_mla/handler.h"
 #include "jit/compiler.h"
 #include "quantization/handler.h"
@@ -141,6 +142,13 @@ void ConfigureCommunication(std::vector<std::string> nccl, double timeout_s) {
 
 int NcclVersion() { return ValueOrThrow(comm::Nccl::Get())->version; }
 
+std::string ExplainGemm(const std::string& mode, const std::string& output, int64_t m, int64_t n,
+                        int64_t k, int64_t groups, int num_sms) {
+  const auto parsed_mode = ValueOrThrow(deep_gemm::ParseMode(mode));
+  const auto parsed_output = ValueOrThrow(deep_gemm::ParseOutput(output, false));
+  return ValueOrThrow(deep_gemm::Explain({parsed_mode, parsed_output, m, n, k, groups}, num_sms));
+}
+
 }  // namespace
 }  // namespace jax_ds
 
@@ -181,6 +189,9 @@ NB_MODULE(_jax_ds, m) {
         "Compiles a kernel or reads it from the cache; a report of what it needs.");
   m.def("get_kernel", &GetKernel, nb::arg("spec"),
         "What a handler's Instantiate stage does: one compilation however many threads ask.");
+  m.def("explain_gemm", &ExplainGemm, nb::arg("mode"), nb::arg("output"), nb::arg("m"),
+        nb::arg("n"), nb::arg("k"), nb::arg("groups"), nb::arg("num_sms"),
+        "The GEMM's candidate configurations and what the model expects of each, best first.");
   m.def("nvrtc", &NvrtcVersion, "(major, minor, path) of the run-time compiler.");
   m.def("driver", &DriverInfo, "(version, [(name, major, minor)]) of driver and GPUs.");
 }

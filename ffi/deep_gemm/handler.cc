@@ -144,7 +144,15 @@ Error Execute(GemmState* state, int32_t ordinal, cuda::Stream stream, AnyBuffer 
                                          {kBlockK, c.block_n}, {jit::Swizzle::k128B}));
     params.lhs_scales = reinterpret_cast<const float*>(part(lhs_scales));
     params.rhs_scales = reinterpret_cast<const float*>(part(rhs_scales));
-    params.out = part(*out);
+    params.out_data = part(*out);
+    const int out_bytes = OutputBytes(c);
+    const int64_t out_rows = p.mode == kMasked || p.mode == kWgrad ? p.m * p.groups : p.m;
+    const jit::MapType out_type =
+        p.output == kBfloat16 ? jit::MapType::kBfloat16 : jit::MapType::kFloat32;
+    JAX_DS_ASSIGN_OR_RETURN(
+        params.out,
+        jit::EncodeTensorMap(out_type, params.out_data, {p.n, out_rows}, {p.n * out_bytes},
+                             {128 / out_bytes, 16}, {jit::Swizzle::k128B}));
     params.group_sizes = group_sizes == nullptr ? nullptr : group_sizes + i * p.groups;
     JAX_DS_RETURN_IF_ERROR(jit::Launch(*state->kernel, ordinal, stream, shape, params));
   }

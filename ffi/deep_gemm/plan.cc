@@ -1,6 +1,7 @@
 #include "deep_gemm/plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <limits>
 
@@ -16,30 +17,34 @@ struct Candidate {
   double cycles;  // per tile and block of K, with the SM's other CTAs running
 };
 
-// Tiles for many rows: the tensor cores are the limit, so warpgroups take turns. Of equal rates the
-// wide ones need less from L2 and the small ones waste less at the edges.
+// Many rows: tensor cores and shared memory are the limit. Larger tiles read shared memory less,
+// smaller ones waste less at the edges of matrices and of the last wave.
 constexpr Candidate kLarge[] = {
+    {128, 192, 2, 1, 1, 1, 1, 1, 985},
+    {128, 192, 2, 2, 1, 1, 1, 1, 995},
     {128, 128, 2, 2, 1, 1, 2, 1, 700},
-    {128, 128, 2, 1, 1, 1, 2, 1, 730},
-    {128, 192, 2, 2, 1, 1, 1, 1, 1080},
-    {256, 128, 2, 2, 1, 1, 1, 0, 1460},
 };
+// Only where no group ends inside a tile: the other way out would not fit its registers.
+constexpr Candidate kLargest = {256, 128, 2, 2, 1, 1, 1, 0, 1300};
 
-// Tiles for few rows: memory is the limit, so every SM must load from the start to the end.
+// Few rows: memory is the limit, so every SM must load from the start to the end.
 constexpr Candidate kSmall[] = {
-    {64, 64, 1, 1, 1, 2, 2, 0, 220},  {64, 64, 1, 1, 2, 2, 2, 0, 220},
-    {64, 64, 1, 1, 4, 2, 2, 0, 220},  {64, 96, 1, 1, 1, 2, 1, 0, 420},
-    {64, 128, 1, 1, 2, 1, 2, 0, 420}, {128, 64, 2, 1, 2, 1, 2, 1, 380},
-    {128, 64, 2, 1, 1, 1, 2, 1, 380}, {128, 128, 2, 2, 2, 1, 2, 1, 700},
+    {64, 64, 1, 1, 1, 2, 2, 0, 230},
+    {64, 128, 1, 1, 1, 2, 1, 0, 420},
+};
+// One matrix has too few tiles for that; K is divided too.
+constexpr Candidate kSmallest[] = {
+    {64, 64, 1, 1, 2, 2, 2, 0, 230},  {64, 64, 1, 1, 4, 2, 2, 0, 230},
+    {64, 96, 1, 1, 1, 2, 1, 0, 330},  {64, 128, 1, 1, 2, 1, 2, 0, 420},
+    {128, 64, 2, 1, 2, 1, 2, 1, 380}, {128, 128, 2, 2, 2, 1, 2, 1, 700},
 };
 
 // Weight gradients: every column has its own scale, which doubles the promotion.
 constexpr Candidate kGradient[] = {
     {128, 128, 2, 2, 1, 1, 1, 1, 860},
-    {128, 128, 2, 1, 1, 1, 1, 1, 900},
 };
 
-constexpr double kClockMhz = 1600, kL2BytesPerUs = 6.2e6, kDramBytesPerUs = 3.9e6;
+constexpr double kClockMhz = 1600, kL2BytesPerUs = 9e6, kDramBytesPerUs = 3.9e6;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -58,14 +63,18 @@ std::vector<Candidate> Candidates(Mode mode) {
   if (mode == kWgrad) return {std::begin(kGradient), std::end(kGradient)};
   std::vector<Candidate> candidates(std::begin(kLarge), std::end(kLarge));
   candidates.insert(candidates.end(), std::begin(kSmall), std::end(kSmall));
+  if (mode == kDense) {
+    candidates.push_back(kLargest);
+    candidates.insert(candidates.end(), std::begin(kSmallest), std::end(kSmallest));
+  }
   return candidates;
 }
 
-// Groups divide their rows evenly, as far as the host knows; masked ones fill a quarter.
-int64_t ExpectedRows(const Problem& p) {
-  if (p.mode == kGrouped) return CeilDiv(p.m, p.groups);
-  if (p.mode == kMasked) return CeilDiv(p.m, 4);
-  return p.m;
+// The rows of one matrix of rhs. The host does not know how they divide into groups; masked ones
+// are expected to be a quarter full.
+double ExpectedRows(const Problem& p) {
+  if (p.mode == kGrouped) return static_cast<double>(p.m) / static_cast<double>(p.groups);
+  return static_cast<double>(p.m) / (p.mode == kMasked ? 4 : 1);
 }
 
 // Clusters that run at once. An SM pair always holds a cluster of two; larger ones do not fill
@@ -76,32 +85,28 @@ int64_t Slots(const Config& c, int num_sms) {
 }
 
 Estimate Cost(const Problem& p, const Config& c, double cycles, int num_sms) {
-  const int64_t rows = ExpectedRows(p),
-                matrices =
-                    p.mode == kGrouped || p.mode == kMasked || p.mode == kWgrad ? p.groups : 1;
-  const int64_t row_tiles = matrices * CeilDiv(rows, c.block_m);
-  const int64_t clusters = row_tiles * CeilDiv(p.n, int64_t{c.block_n} * c.multicast);
+  const bool ragged = p.mode == kGrouped || p.mode == kMasked;
+  const double rows = ExpectedRows(p), matrices = p.mode == kDense ? 1 : p.groups;
+  // A group ends anywhere in its last tile.
+  const double row_tiles =
+      matrices * (ragged ? rows / c.block_m + 0.5 : std::ceil(rows / c.block_m));
+  const double columns = static_cast<double>(CeilDiv(p.n, int64_t{c.block_n} * c.multicast));
+  const double clusters = row_tiles * columns, slots = static_cast<double>(Slots(c, num_sms));
+  const double waves = ragged ? std::max(1.0, clusters / slots + 0.5) : std::ceil(clusters / slots);
   const int64_t tokens = p.mode == kWgrad ? CeilDiv(p.k, p.groups) : p.k;
-  const int64_t blocks = CeilDiv(CeilDiv(tokens, kBlockK), c.split);
-  const int64_t slots = Slots(c, num_sms);
-  const double waves = static_cast<double>(CeilDiv(clusters, slots));
-  // A tile that shares its SM with no other runs faster than the measured pair, but not twice.
-  const double sharing = c.per_sm == 2 && clusters * 2 <= slots ? 0.8 : 1.0;
-  // The result's way out of the registers, not hidden by other work of the warpgroup.
-  const double epilogue = 8.0 * c.block_n * c.waves();
+  const double blocks = static_cast<double>(CeilDiv(CeilDiv(tokens, kBlockK), c.split));
+  // What stores of a tile hold up, although they run beside the next one.
+  const double epilogue = c.block_m * c.block_n / 16.0;
 
   Estimate e;
-  e.tensor_us = waves * (static_cast<double>(blocks) * cycles * sharing + epilogue) / kClockMhz;
-  const double tile_bytes =
-      (static_cast<double>(c.block_m) + static_cast<double>(c.block_n) * c.multicast) * kBlockK;
-  e.l2_us = static_cast<double>(clusters * c.split * blocks) * tile_bytes / kL2BytesPerUs;
+  e.tensor_us = waves * (blocks * cycles + epilogue) / kClockMhz;
+  const double tile_bytes = (c.block_m + c.block_n * c.multicast) * double{kBlockK};
+  e.l2_us = clusters * c.split * blocks * tile_bytes / kL2BytesPerUs;
   const double out_bytes = p.output == kBfloat16 ? 2 : p.output == kFloat32 ? 4 : 8;
   const double n = static_cast<double>(p.n), k = static_cast<double>(p.k);
-  const double all_rows = static_cast<double>(p.mode == kGrouped ? p.m : matrices * rows);
-  const double operands =
-      p.mode == kWgrad ? (p.m + n) * k : all_rows * k + static_cast<double>(matrices) * n * k;
-  e.dram_us = (operands + all_rows * n * out_bytes) / kDramBytesPerUs;
-  e.overhead_us = c.split > 1 ? 5.0 : 4.0;
+  const double operands = p.mode == kWgrad ? (rows + n) * k : matrices * (rows + n) * k;
+  e.dram_us = (operands + matrices * rows * n * out_bytes) / kDramBytesPerUs;
+  e.overhead_us = 5.2 + (c.split > 2 ? 0.9 : c.split > 1 ? 0.7 : 0.0);
   return e;
 }
 
@@ -134,7 +139,11 @@ ErrorOr<std::vector<Ranked>> Rank(const Problem& p, int num_sms) {
 
 }  // namespace
 
-double Estimate::total_us() const { return std::max({tensor_us, l2_us, dram_us}) + overhead_us; }
+double Estimate::total_us() const {
+  const double longest = std::max({tensor_us, l2_us, dram_us});
+  // The three overlap, but not wholly.
+  return longest + 0.15 * (tensor_us + l2_us + dram_us - longest) + overhead_us;
+}
 
 jit::KernelSpec Plan::Spec() const {
   const Config& c = config;

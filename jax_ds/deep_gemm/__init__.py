@@ -7,10 +7,12 @@ from jax_ds.deep_gemm.api import (
     fp8_masked_gemm,
     fp8_wgrad,
 )
+from jax_ds.deep_gemm.explain import explain
 from jax_ds.deep_gemm.linear import bf16_grouped_gemm, fp8_grouped_linear, fp8_linear
 
 __all__ = [
     "bf16_grouped_gemm",
+    "explain",
     "fp8_gemm",
     "fp8_grouped_gemm",
     "fp8_grouped_linear",

@@ -15,8 +15,8 @@ ones count as zero; sizes known while tracing that break the rule raise.
 These functions take quantized operands and are not differentiable; `fp8_linear`,
 `fp8_grouped_linear` and `bf16_grouped_gemm` are. Several devices' data belongs inside
 `jax.shard_map`. Every function takes `implementation`: None, "xla" or "cuda". The kernels take K in
-multiples of 16, N in multiples of 8 and at most 512 groups; None takes the portable products for
-what they do not.
+multiples of 16 and N in multiples of 8 as they are; other sizes are padded first, which copies
+the operands. More than 512 groups are left to the portable products.
 """
 
 import functools

@@ -2,9 +2,12 @@
 
 Scales of 1x128 blocks are asked for column-major, so that whatever produces them writes them so:
 the kernel reads the scales of neighbouring rows.
+
+The kernels take the contracted dimension in multiples of 16 and the result's columns in multiples
+of 8; other sizes are padded with zeros here, which copies the operands.
 """
 
-import functools
+import math
 from typing import Any
 
 import jax
@@ -17,20 +20,18 @@ from jax_ds.quantization import Quantized
 
 _TARGET = "jax_ds_gemm"
 _MAX_GROUPS = 512
+_CONTRACTED, _COLUMNS = 16, 8
 _MAX_SIZE = 2**31 - 1
 
 
 def unsupported(lhs: Quantized, rhs: Quantized, num_groups: int = 1) -> str | None:
     """Why the kernels cannot take these operands; None if they can."""
-    n, k = rhs.shape[-2:]
-    if k % 16:
-        return f"the contracted dimension must be a multiple of 16, got {k}"
-    if n % 8:
-        return f"the result's columns must be a multiple of 8, got {n}"
     if num_groups > _MAX_GROUPS:
         return f"there may be at most {_MAX_GROUPS} groups, got {num_groups}"
-    if max(lhs.values.size // k if k else 0, rhs.values.size // k if k else 0) > _MAX_SIZE:
-        return "operands may have at most 2^31 - 1 rows"
+    for q in (lhs, rhs):
+        rows = math.prod(q.shape[:-1])
+        if max(rows, q.shape[-1]) > _MAX_SIZE:
+            return f"operands may have at most {_MAX_SIZE} rows and columns, got shape {q.shape}"
     return None
 
 
@@ -95,21 +96,26 @@ def _call(
     out_dtype: DTypeLike,
     zero_tail: bool = True,
 ) -> Any:
-    m, n, k = lhs.shape[-2], rhs.shape[-2], lhs.shape[-1]
     dtype = jnp.dtype(out_dtype)
-    if 0 in (m, n, k) or 0 in shape:
+    if 0 in shape or lhs.shape[-1] == 0:
         return jnp.zeros(shape, dtype) if accumulate is None else accumulate
+    columns = shape[-1]
+    lhs = _padded(lhs, 1, per_row=True)
+    rhs = _padded(rhs, _COLUMNS, per_row=mode == "wgrad")
+    m, n, k = lhs.shape[-2], rhs.shape[-2], lhs.shape[-1]
     operands: list[Any] = [lhs.values, lhs.scales, rhs.values, rhs.scales]
     layouts: list[Any] = [None, _column_major(lhs.ndim), None, None]
     if mode == "wgrad":
         layouts[3] = _column_major(rhs.ndim)
-    for operand in (group_sizes, accumulate):
-        if operand is not None:
-            operands.append(operand)
-            layouts.append(None)
+    if group_sizes is not None:
+        operands.append(group_sizes)
+        layouts.append(None)
+    if accumulate is not None:
+        operands.append(_pad(accumulate, {-1: n}))
+        layouts.append(None)
     (out,) = ffi_call(
         _TARGET,
-        [jax.ShapeDtypeStruct(shape, dtype)],
+        [jax.ShapeDtypeStruct((*shape[:-1], n), dtype)],
         *operands,
         attributes={
             "mode": mode,
@@ -124,9 +130,24 @@ def _call(
         input_layouts=layouts,
         aliases=None if accumulate is None else {len(operands) - 1: 0},
     )
-    return out
+    return out[..., :columns]
 
 
-@functools.cache
+def _padded(q: Quantized, rows: int, *, per_row: bool) -> Quantized:
+    """Zeros up to a multiple of `rows` rows and of 16 columns, which share the last block."""
+    r, c = q.shape[-2], q.shape[-1]
+    r, c = -(-r // rows) * rows, -(-c // _CONTRACTED) * _CONTRACTED
+    scales = _pad(q.scales, {-2: r}) if per_row else q.scales
+    return Quantized(_pad(q.values, {-2: r, -1: c}), scales)
+
+
+def _pad(x: Array, sizes: dict[int, int]) -> Array:
+    """Zeros behind the axes named, up to their new sizes."""
+    widths = [(0, 0)] * x.ndim
+    for axis, size in sizes.items():
+        widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths) if any(after for _, after in widths) else x
+
+
 def _column_major(ndim: int) -> tuple[int, ...]:
     return (*range(ndim - 2), ndim - 1, ndim - 2)

@@ -161,7 +161,9 @@ def assert_close(actual: jax.Array, expected: np.ndarray, draw: Draw = normal) -
     """The bounds on a product of quantized operands, whose values are exact.
 
     Over all entries in the Frobenius norm, row by row where rows differ in scale. Results of few
-    entries are not rounded to bfloat16 evenly, so there every entry has its own bound.
+    entries are not rounded to bfloat16 evenly, so there every entry has its own bound: a rounding,
+    and several standard deviations of what tensor cores lose, which keep 14 bits of a block's sum.
+    Badly scaled columns leave a row one large entry, so a row may lose what cancels in one sum.
     """
     assert np.isfinite(np.asarray(actual, np.float32)).all()
     bound = 2e-4 if draw is normal else 1e-3
@@ -170,9 +172,9 @@ def assert_close(actual: jax.Array, expected: np.ndarray, draw: Draw = normal) -
     elif actual.size >= 4096:
         assert error(actual, expected) <= 2e-3
     else:
-        spread = bound * np.sqrt(np.mean(np.square(expected, dtype=np.float64)))
+        spread = 5 * bound * np.sqrt(np.mean(np.square(expected, dtype=np.float64)))
         np.testing.assert_allclose(np.asarray(actual, np.float64), expected, 2.0**-8, spread)
     if draw is badly_scaled:
         rows = np.asarray(expected, np.float64).reshape(-1, expected.shape[-1])
         got = np.asarray(actual, np.float64).reshape(rows.shape)
-        assert max(map(error, got, rows), default=0) <= bound
+        assert max(map(error, got, rows), default=0) <= 10 * bound

@@ -45,10 +45,11 @@ constexpr int kMaxGroups = 512;
 struct Params {
   TensorMap lhs;            // e4m3 [rows, K], box [block_m / multicast, 128]
   TensorMap rhs;            // e4m3 [rhs rows, K], box [block_n, 128]
+  TensorMap out;            // [out rows, N], box of 16 rows x 128 bytes
   const float* lhs_scales;  // [K / 128, M], masked [G, K / 128, M]: columns contiguous
   const float* rhs_scales;  // [G, N / 128, K / 128]; wgrad: [T / 128, N]
   const int* group_sizes;   // [G]; unused when dense
-  void* out;                // bfloat16 or float32 [rows, N]
+  void* out_data;           // bfloat16 or float32 [out rows, N]
   int num_groups;           // G
   int m;                    // rows of lhs (masked: of one group); wgrad: rows of one group's output
   int n;
@@ -77,10 +78,17 @@ constexpr int ReduceBytes(const Config& c) {
   return c.block_m * c.block_n * 4 / c.split * (c.split - 1);
 }
 
-// Bytes in which each math warp turns 16 rows x 64 columns of bf16 around. Shares of a split tile
-// are too narrow for that to pay.
-constexpr int StagingBytes(const Config& c) {
-  return c.output == kBfloat16 && c.split == 1 ? c.math * 4 * 16 * 128 : 0;
+// Tiles leave through shared memory, 16 rows x 128 bytes of a math warp at a time, except the
+// shares of split tiles, which are too narrow for that to pay.
+constexpr int kStagingBytes = 16 * 128;
+constexpr int OutputBytes(const Config& c) { return c.output == kBfloat16 ? 2 : 4; }
+// How many of those a warp may have on their way; more would cost the large tiles a stage.
+constexpr int StagingBuffers(const Config& c) {
+  return c.split > 1 ? 0 : c.block_m * c.block_n == 128 * 128 ? 2 : 1;
+}
+// TMA takes them where the tile is made of whole ones.
+constexpr bool StoresByTma(const Config& c) {
+  return c.split == 1 && c.block_n * OutputBytes(c) % 128 == 0;
 }
 
 // Dynamic shared memory of a launch.
@@ -89,7 +97,8 @@ constexpr int SharedBytes(const Config& c) {
   const int scales = (c.block_m + RhsScaleSlots(c)) * 4;
   const int groups = c.mode == kDense ? 16 : kMaxGroups * 4;
   const int barriers = 16 * c.stages + 16;
-  return RoundUp(c.stages * (tiles + scales) + StagingBytes(c) + ReduceBytes(c) + groups + barriers,
+  return RoundUp(c.stages * (tiles + scales) + StagingBuffers(c) * 4 * c.math * kStagingBytes +
+                     ReduceBytes(c) + groups + barriers,
                  1024);
 }
 

@@ -22,7 +22,8 @@ template <Config kConfig>
 struct Storage {
   u8 lhs[kConfig.stages][kConfig.block_m * kBlockK];
   u8 rhs[kConfig.stages][kConfig.block_n * kBlockK];
-  u8 staging[StagingBytes(kConfig) > 0 ? StagingBytes(kConfig) : 16];
+  u8 staging[kConfig.math * 4]
+            [StagingBuffers(kConfig) > 0 ? StagingBuffers(kConfig) * kStagingBytes : 16];
   float4 reduce[ReduceBytes(kConfig) > 0 ? ReduceBytes(kConfig) / 16 : 1];
   float lhs_scales[kConfig.stages][kConfig.block_m];
   float rhs_scales[kConfig.stages][RhsScaleSlots(kConfig)];
@@ -299,13 +300,18 @@ JAX_DS_DEVICE void accumulate(const Storage<kConfig>& s, Pipeline<kConfig.stages
     slots[d] = ring.slot();
     ring.wait();
   }
+  Scales<kConfig> scales[kWaves][kDepth];
+#pragma unroll
+  for (int wave = 0; wave < kWaves; ++wave) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      scales[wave][d].load(s, slots[d], first_row + wave * 64 + warp_row);
+    }
+  }
 #pragma unroll
   for (int wave = 0; wave < kWaves; ++wave) {
     const int row = first_row + wave * 64;
     float partial[kDepth][kN / 2];
-    Scales<kConfig> scales[kDepth];
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) scales[d].load(s, slots[d], row + warp_row);
     take_turn<kConfig>(group);
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
@@ -317,12 +323,12 @@ JAX_DS_DEVICE void accumulate(const Storage<kConfig>& s, Pipeline<kConfig.stages
       d + 1 < kDepth ? wgmma_wait_group<1>() : wgmma_wait_group<0>();
       // Once its scales are in registers the slot may be overwritten.
       constexpr bool kLate = Scales<kConfig>::kLate;
-      if (kLate) scales[d].promote(total[wave], partial[d], split);
+      if (kLate) scales[wave][d].promote(total[wave], partial[d], split);
       if (wave == kWaves - 1) {
         release<kConfig>(done);
         done.advance();
       }
-      if (!kLate) scales[d].promote(total[wave], partial[d], split);
+      if (!kLate) scales[wave][d].promote(total[wave], partial[d], split);
     }
   }
 }
@@ -348,7 +354,7 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
   constexpr int kWaves = kConfig.waves(), kN = kConfig.block_n;
   const int warp = warp_id(), group = warp / 4;
   const int warp_row = group * 64 * kWaves + warp % 4 * 16;  // of the tile
-  const u32 staging = shared_address(&s.staging[StagingBytes(kConfig) > 0 ? warp * 2048 : 0]);
+  Staging<kConfig> staging(s.staging[warp]);
 
   if (group == kConfig.math - 1) pass_turn<kConfig>(group);  // the first turn is warpgroup 0's
   Pipeline<kConfig.stages> ring(s.ring);
@@ -361,7 +367,7 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
     for (; left >= kConfig.depth; left -= kConfig.depth) {
       accumulate<kConfig, kConfig.depth>(s, ring, total, group, split);
     }
-    for (; left > 0; --left) accumulate<kConfig, 1>(s, ring, total, group, split);
+    if (kConfig.depth > 1 && left > 0) accumulate<kConfig, 1>(s, ring, total, group, split);
 
     if constexpr (kConfig.mode == kMasked) {
       clear_rows<kConfig>(total, tile.valid_end - tile.out_row - warp_row);
@@ -373,15 +379,16 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
       const WarpTile t{
           tile.out_row + warp_row, tile.out_end,
           tile.col + static_cast<int>(cluster_ctarank() / kConfig.multicast) * kColumns, p.n};
-      store_tile<kConfig, kColumns>(share, t, staging, p.out);
+      store_tile<kConfig, kColumns>(p, share, t, staging);
     } else {
 #pragma unroll
       for (int wave = 0; wave < kWaves; ++wave) {
         const WarpTile t{tile.out_row + warp_row + wave * 64, tile.out_end, tile.col, p.n};
-        store_tile<kConfig, kN>(total[wave], t, staging, p.out);
+        store_tile<kConfig, kN>(p, total[wave], t, staging);
       }
     }
   }
+  if constexpr (StoresByTma(kConfig)) staging.drain();
 }
 
 // ---- entry -------------------------------------------------------------------------------------
@@ -398,6 +405,7 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
   if (warp == 0 && elect_one()) {
     prefetch_tensormap(&p.lhs);
     prefetch_tensormap(&p.rhs);
+    if constexpr (StoresByTma(kConfig)) prefetch_tensormap(&p.out);
     s.ring.init(1 + 32, kMathWarps * kConfig.multicast);
     if constexpr (kConfig.split > 1) {
       s.reduced.init(1, kMathWarps * (kConfig.split - 1));

@@ -1,0 +1,52 @@
+"""What the kernels' plan chooses for given sizes, and why."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jax_ds._core.checks import check, check_choice
+from jax_ds._runtime import native
+
+_MODES = ("dense", "grouped", "masked", "wgrad")
+
+
+def explain(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    mode: str = "dense",
+    groups: int = 1,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    num_sms: int = 132,
+) -> str:
+    """The kernel configurations for a product, best first, with the model's times; needs no GPU.
+
+    The first line of the table is what runs. Its times, in microseconds: multiplying and
+    promoting in whole waves of tiles, bringing tiles from L2, moving every operand once through
+    device memory, and the total. The longest counts in full, the others in part, plus a fixed
+    overhead.
+
+    Args:
+      m, n, k: rows and columns of the result, contracted elements; "masked": rows of one group;
+        "wgrad": N and K of the weights, and the tokens of all groups.
+      mode: "dense", "grouped", "masked" or "wgrad".
+      groups: number of groups.
+      out_dtype: bfloat16 or float32; "wgrad" is float32.
+      num_sms: multiprocessors of the GPU; 132 on H100 SXM and H200.
+
+    Returns:
+      A table: one line per candidate with its tile, stages, math warpgroups, CTAs sharing the
+      lhs tile by multicast, CTAs dividing K, CTAs per multiprocessor and blocks in flight.
+
+    Raises:
+      ValueError: for sizes or names against these rules.
+      RuntimeError: where the native module is missing.
+    """
+    check_choice("mode", mode, _MODES)
+    dtype = jnp.dtype(jnp.float32 if mode == "wgrad" else out_dtype)
+    check_choice("out_dtype", dtype.name, ("bfloat16", "float32"))
+    for name, size in {"m": m, "n": n, "k": k, "groups": groups, "num_sms": num_sms}.items():
+        check(0 < size < 2**31, name, "must be between 1 and 2^31 - 1", size)
+    check(groups <= 512, "groups", "must be at most 512", groups)
+    table: str = native.module().explain_gemm(mode, dtype.name, m, n, k, groups, num_sms)
+    return table

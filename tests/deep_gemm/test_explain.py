@@ -1,0 +1,38 @@
+"""The plan's table, which needs the native module but no GPU."""
+
+import pytest
+
+from jax_ds import deep_gemm
+
+
+def test_tells_the_choice_and_its_rivals() -> None:
+    few, many = deep_gemm.explain(64, 2112, 7168), deep_gemm.explain(8192, 8192, 8192)
+    for table in (few, many):
+        head, *lines = table.splitlines()
+        assert head.split()[0] == "tile" and "total us" in head
+        totals = [float(line.split()[-1]) for line in lines]
+        assert totals == sorted(totals) and len(totals) > 2
+    assert few.splitlines()[1].split()[0].startswith("64x")
+    assert not many.splitlines()[1].split()[0].startswith("64x")
+
+
+def test_modes_have_their_own_candidates() -> None:
+    tables = {
+        mode: deep_gemm.explain(4096, 512, 7168, mode=mode, groups=groups)
+        for mode, groups in (("dense", 1), ("grouped", 8), ("masked", 8), ("wgrad", 8))
+    }
+    assert len(set(tables.values())) == 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "keywords", "message"),
+    [
+        ((0, 8, 16), {}, "m: must be between 1"),
+        ((8, 8, 16), {"mode": "sparse"}, "mode: .*sparse"),
+        ((8, 8, 16), {"out_dtype": "float16"}, "out_dtype: .*float16"),
+        ((8, 8, 16), {"mode": "grouped", "groups": 513}, "groups: must be at most 512, got 513"),
+    ],
+)
+def test_errors(sizes: tuple[int, int, int], keywords: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        deep_gemm.explain(*sizes, **keywords)
