@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jax_ds._core.checks import check as require
 from jax_ds._runtime import native
 
+# A window's signals precede its slots.
+_HEADER = 4096
+
 
 def check() -> None:
     """Raises what a wait for another rank has recorded on this process's devices.
@@ -29,29 +32,30 @@ def buffer_bytes(
     *,
     num_tokens: int,
     hidden: int,
-    top_k: int,
     num_ranks: int,
     dtype: Any = jnp.bfloat16,
-    low_latency: bool = False,
+    training: bool = False,
 ) -> int:
-    """Bytes of the symmetric buffers that one rank registers for one channel.
+    """Bytes of the symmetric buffers that one rank allocates for one channel of one mesh axis.
 
-    Every pair of ranks has T slots in each direction; a slot holds a whole record:
+    An operation has a window: a slot for each token of each rank, which holds a whole record.
 
-        dispatch record = align(H * itemsize [+ 4 * ceil(H/128) for float8] + 4K + 16)
-        combine record  = align(2H) + align(4K)          a bfloat16 partial sum, and the weights
-        bytes           = R * T * (dispatch record + combine record)
+        dispatch record = align(H * itemsize [+ 4 * ceil(H/128) for float8])
+        combine record  = align(2H)                     a bfloat16 partial sum (4H if float32)
+        window          = 4096 + size_class(R * T * record)
 
-    with align(n) = n rounded up to 128 bytes, and twice that for `low_latency`, which is
-    double-buffered. The portable implementation registers nothing.
+    align(n) rounds up to 128 bytes, size_class(n) to 4, 5, 6 or 7 times a power of two, at least
+    4 MiB, so that programs of similar sizes share windows. They are allocated when a program first
+    runs, beside XLA's own memory pool (`XLA_PYTHON_CLIENT_MEM_FRACTION`), and kept to the end of
+    the process. Kernels that read a rank's rows need none; nor do the portable implementation and
+    the low-latency functions.
 
     Args:
-      num_tokens: T, or max_tokens of the low-latency functions.
+      num_tokens: T.
       hidden: H.
-      top_k: K.
-      num_ranks: R; those of one node where `axis_name` is (node, gpu).
+      num_ranks: R.
       dtype: of the dispatched tokens, float8_e4m3fn for Quantized.
-      low_latency: whether for the low-latency functions.
+      training: with the backward pass, whose dispatch carries the cotangents of y.
 
     Raises:
       ValueError: for a size below 1.
@@ -59,16 +63,27 @@ def buffer_bytes(
     for name, value in (
         ("num_tokens", num_tokens),
         ("hidden", hidden),
-        ("top_k", top_k),
         ("num_ranks", num_ranks),
     ):
         require(value >= 1, name, "must be at least 1", value)
-    payload = hidden * jnp.dtype(dtype).itemsize
-    if jnp.dtype(dtype) == jnp.float8_e4m3fn:
-        payload += 4 * -(-hidden // 128)
-    record = _align(payload + 4 * top_k + 16) + _align(2 * hidden) + _align(4 * top_k)
-    return num_ranks * num_tokens * record * (2 if low_latency else 1)
+    sent = jnp.dtype(dtype)
+    quantized = sent == jnp.float8_e4m3fn
+    result = jnp.dtype(jnp.bfloat16) if quantized else sent
+    scales = 4 * -(-hidden // 128) if quantized else 0
+    records = [hidden * sent.itemsize + scales, hidden * result.itemsize]
+    if training and quantized:
+        records.append(hidden * result.itemsize)
+    slots = num_ranks * num_tokens
+    return sum(_HEADER + _size_class(slots * _align(record)) for record in records)
 
 
 def _align(size: int) -> int:
     return -(-size // 128) * 128
+
+
+def _size_class(size: int) -> int:
+    """The kernels' host code rounds so too."""
+    unit = 1 << 20
+    while 7 * unit < size:
+        unit *= 2
+    return max(4, -(-size // unit)) * unit

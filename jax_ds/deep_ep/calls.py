@@ -65,4 +65,7 @@ def combine(
 def _unsupported(options: Options, plan: DispatchPlan, tokens: Any) -> str | None:
     if options.implementation == "xla":
         return None  # do not look for GPUs and NCCL
-    return ffi.unsupported(plan.sizes, tokens, options.num_sms)
+    reason = ffi.unsupported(plan.sizes, tokens, options.num_sms)
+    if reason is None and options.implementation is None:
+        return ffi.not_by_default(plan.sizes)
+    return reason

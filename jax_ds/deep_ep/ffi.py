@@ -93,6 +93,19 @@ def unsupported(sizes: PlanSizes, x: Any, num_sms: int | None) -> str | None:
     return None if sizes.num_ranks == 1 else _why_no_windows()
 
 
+def not_by_default(sizes: PlanSizes) -> str | None:
+    """Why None takes the portable implementation where "cuda" would run; None if it does not."""
+    if sizes.num_ranks == 1:
+        return None
+    try:
+        gpus = jax.devices("cuda")
+    except RuntimeError:
+        return None
+    if len({gpu.process_index for gpu in gpus}) < len(gpus):
+        return "the kernels have only run with one process for each GPU"
+    return None
+
+
 def groups(axis_name: tuple[str, ...]) -> np.ndarray:
     """Which devices exchange records, `[groups, R]`: positions in `mesh.devices.flat`.
 

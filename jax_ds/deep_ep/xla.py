@@ -98,7 +98,8 @@ def unpack(message: UInt8[Array, "B bytes"], *parts: tuple[int, Any]) -> list[Ar
 
 def _dispatch_quantized(x: Quantized, plan: DispatchPlan) -> Quantized:
     """Values and scales travel as one message; a row without a token has scale 1."""
-    message = plan.route.spread(at_least_one(pack(x.values, x.scales)))
+    x = Quantized(at_least_one(x.values), at_least_one(x.scales))
+    message = plan.route.spread(pack(x.values, x.scales))
     values, scales = unpack(expand(message, plan), *widths(x.values, x.scales))
     return Quantized(values, jnp.where(plan.row_source[:, None] >= 0, scales, 1))
 

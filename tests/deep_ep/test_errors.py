@@ -243,7 +243,7 @@ CASES: dict[str, tuple[Callable[[Array, Array], Any], str]] = {
         "dispatch and combine",
     ),
     "buffer_bytes": (
-        lambda x, ids: deep_ep.buffer_bytes(num_tokens=8, hidden=0, top_k=2, num_ranks=8),
+        lambda x, ids: deep_ep.buffer_bytes(num_tokens=8, hidden=0, num_ranks=8),
         "hidden: must be at least 1, got 0",
     ),
 }

@@ -1,0 +1,184 @@
+"""What the kernels' custom calls are made of, without a GPU: groups, attributes, choices, bytes."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jax_ds import deep_ep
+from jax_ds._runtime import native
+from jax_ds.deep_ep import ffi
+from jax_ds.quantization import quantize_1x128
+
+Array = jax.Array
+
+T, K, H, E = 5, 2, 256, 16
+
+
+class Gpu:
+    """A device as far as the choice looks at it."""
+
+    compute_capability = "9.0"
+    device_kind = "NVIDIA H200"
+
+    def __init__(self, process_index: int, slice_index: int = 0) -> None:
+        self.process_index = process_index
+        self.slice_index = slice_index
+
+
+def _mesh(shape: tuple[int, ...], axes: tuple[str, ...], order: Any = None) -> jax.sharding.Mesh:
+    devices = np.array(jax.devices())[np.arange(8) if order is None else order].reshape(shape)
+    return jax.sharding.Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "names"),
+    [
+        ((8,), ("ep",), ("ep",)),
+        ((2, 4), ("data", "ep"), ("ep",)),
+        ((4, 2), ("ep", "data"), ("ep",)),
+        ((2, 2, 2), ("a", "ep", "b"), ("ep",)),
+        ((2, 2, 2), ("x", "data", "y"), ("y", "x")),
+    ],
+)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_groups_are_those_of_collectives(
+    shape: tuple[int, ...], axes: tuple[str, ...], names: tuple[str, ...], permuted: bool
+) -> None:
+    """Every device gathers the positions of its group, in the order of its ranks."""
+    order = np.random.default_rng(0).permutation(8) if permuted else None
+    mesh = _mesh(shape, axes, order)
+    made = {}
+
+    def per_device(position: Array) -> Array:
+        made["groups"] = ffi.groups(names)
+        return jax.lax.all_gather(position[0], names)[None]
+
+    mapped = jax.shard_map(
+        per_device, mesh=mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False
+    )
+    gathered = np.asarray(jax.jit(mapped)(np.arange(8)))
+    groups = made["groups"]
+    assert sorted(groups.reshape(-1)) == list(range(8))
+    for position, group in enumerate(gathered):
+        np.testing.assert_array_equal(group, groups[np.argwhere(groups == position)[0, 0]])
+
+
+def _lowered(implementation: str | None = None, **changes: Any) -> str:
+    """A dispatch of FP8 and a combine, lowered for CUDA on a mesh with a data axis."""
+    mesh = _mesh((2, 4), ("data", "ep"))
+    sizes = {"tokens": T, "hidden": H, "num_sms": None, "dtype": jnp.bfloat16, **changes}
+
+    def per_device(ids: Array, x: Array) -> Any:
+        plan = deep_ep.plan_dispatch(ids, num_experts=E, axis_name="ep", channel=3)
+        sms = {"num_sms": sizes["num_sms"], "implementation": implementation}
+        quantized = deep_ep.dispatch(quantize_1x128(x), plan, **sms)
+        y = deep_ep.combine(deep_ep.dispatch(x, plan, **sms), plan, None, **sms)
+        return quantized, y
+
+    spec = P(("data", "ep"))
+    mapped = jax.shard_map(per_device, mesh=mesh, in_specs=spec, out_specs=spec)
+    ids = jax.ShapeDtypeStruct((8 * sizes["tokens"], K), jnp.int32)
+    x = jax.ShapeDtypeStruct((8 * sizes["tokens"], sizes["hidden"]), sizes["dtype"])
+    return jax.jit(mapped).trace(ids, x).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _calls(text: str) -> list[dict[str, str]]:
+    """The attributes of every communication kernel."""
+    lines = [line for line in text.splitlines() if "custom_call @jax_ds_deep_ep" in line]
+    return [dict(re.findall(r"(\w+) = ([^,{}]+) : i64", line)) for line in lines]
+
+
+def test_attributes() -> None:
+    text = _lowered(num_sms=12)
+    tokens = {"channel": "3", "num_ranks": "4", "num_sms": "12", "num_tokens": str(T)}
+    fp8 = tokens | {"token_bytes": str(H), "num_scales": "2"}
+    dispatch = tokens | {"token_bytes": str(2 * H), "num_scales": "0"}
+    combine = tokens | {"token_bytes": str(2 * H)}
+    found = sorted(map(str, (dict(sorted(call.items())) for call in _calls(text))))
+    assert found == sorted(str(dict(sorted(c.items()))) for c in (fp8, dispatch, combine))
+    assert text.count("groups = dense<[0, 1, 2, 3, 4, 5, 6, 7]>") == 3
+    assert text.count('_xla_stream_annotation = "collective"') >= 3
+
+
+def test_no_tokens_still_take_part() -> None:
+    """A rank without tokens sends one empty slot: every rank must be in every round."""
+    calls = _calls(_lowered(tokens=0))
+    assert [call["num_tokens"] for call in calls] == ["1"] * 3
+
+
+def test_odd_sizes_stay_portable() -> None:
+    text = _lowered(hidden=130)
+    assert not _calls(text)
+    assert "all_to_all" in text
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nccl", "reason"),
+    [
+        ([Gpu(0), Gpu(1)], None, None),
+        ([Gpu(0), Gpu(1)], "NCCL is 2.28.9", "NCCL is 2.28.9"),
+        ([Gpu(0), Gpu(1, 1)], None, "its kernels serve the GPUs of one host, there are 2"),
+    ],
+)
+def test_what_all_processes_know_decides(
+    gpus: list[Gpu], nccl: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = jax.devices
+    monkeypatch.setattr(jax, "devices", lambda name=None: gpus if name else devices())
+    monkeypatch.setattr(native, "why_not_nccl", lambda: nccl)
+    seen = []
+
+    def per_device(x: Array) -> Array:
+        ids = jnp.zeros((x.shape[0], 1), jnp.int32)
+        plan = deep_ep.plan_dispatch(ids, num_experts=8, axis_name="ep", implementation="xla")
+        seen.append(ffi.unsupported(plan.sizes, x, None))
+        return x
+
+    mesh = _mesh((8,), ("ep",))
+    jax.eval_shape(
+        jax.shard_map(per_device, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")),
+        jax.ShapeDtypeStruct((8, 64), jnp.bfloat16),
+    )
+    assert seen == [reason]
+
+
+@pytest.mark.parametrize(("processes", "default"), [((0, 1), True), ((0, 0), False)])
+def test_default_only_with_a_process_for_each_gpu(
+    processes: tuple[int, ...], default: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = [Gpu(index) for index in processes]
+    devices = jax.devices
+    monkeypatch.setattr(jax, "devices", lambda name=None: gpus if name else devices())
+    monkeypatch.setattr(jax, "local_devices", lambda **_: gpus)
+    monkeypatch.setattr(native, "why_not_nccl", lambda: None)
+    assert bool(_calls(_lowered())) == default
+    assert len(_calls(_lowered("cuda"))) == 3
+
+
+def test_buffer_bytes() -> None:
+    """Slots of every rank, rounded up to a size class, and a page of signals a window."""
+    given = {"num_tokens": 4096, "hidden": 7168, "num_ranks": 8}
+    slots, mib = 8 * 4096, 1 << 20
+    bf16 = 4096 + 448 * mib
+    assert slots * 14336 == 448 * mib
+    assert deep_ep.buffer_bytes(**given) == 2 * bf16
+    fp8 = 4096 + 256 * mib  # records of 7168 values and 56 scales, aligned: 7424 bytes, 232 MiB
+    assert deep_ep.buffer_bytes(**given, dtype=jnp.float8_e4m3fn) == fp8 + bf16
+    assert deep_ep.buffer_bytes(**given, dtype=jnp.float8_e4m3fn, training=True) == fp8 + 2 * bf16
+    assert deep_ep.buffer_bytes(num_tokens=1, hidden=8, num_ranks=1) == 2 * (4096 + 4 * mib)
+
+
+def test_nothing_to_report_without_kernels() -> None:
+    deep_ep.check()
+
+
+def test_what_was_recorded_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "communication_failures", lambda: ["one", "two"])
+    with pytest.raises(RuntimeError, match=r"^one; two$"):
+        deep_ep.check()
