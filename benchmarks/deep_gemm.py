@@ -6,7 +6,7 @@ a row's ratio is its time over the mark, corrected by nothing: compare the bf16 
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -169,7 +169,7 @@ def marks() -> dict[str, float]:
 
 def main(arguments: Sequence[str]) -> None:
     """Times the parts named (all by default), a part after the other to bound memory."""
-    parts = {
+    parts: dict[str, Callable[[], list[timing.Row]]] = {
         "dense": dense,
         "grouped": grouped,
         "uneven": functools.partial(grouped, uneven=True),

@@ -70,7 +70,7 @@ def _operands(case: Case, pages: Array) -> list[tuple[Array, ...]]:
     counts = -(-lengths // _PAGE)
     order = np.random.default_rng(0).permutation(_POOL).astype(np.int32)
     key = jax.random.key(1)
-    copies = []
+    copies: list[tuple[Array, ...]] = []
     for i in range(min(_MAX_COPIES, _POOL // int(counts.sum()))):
         free = iter(order[i * counts.sum() :])
         table = np.zeros((case.batch, counts.max()), np.int32)
