@@ -221,12 +221,13 @@ struct Scores {
     if (tokens - (p.causal ? p.S - 1 : 0) >= kBlock) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int visible = visible_tokens(p, tokens, shared.place.first_row + row + 8 * half);
+      // Counted from this lane's first token, so that each comparison is with a constant.
+      const int visible =
+          visible_tokens(p, tokens, shared.place.first_row + row + 8 * half) - 2 * (lane_id() % 4);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int token = 8 * i + 2 * (lane_id() % 4);
-        if (token >= visible) s[4 * i + 2 * half] = -kInfinity;
-        if (token + 1 >= visible) s[4 * i + 2 * half + 1] = -kInfinity;
+        if (8 * i >= visible) s[4 * i + 2 * half] = -kInfinity;
+        if (8 * i + 1 >= visible) s[4 * i + 2 * half + 1] = -kInfinity;
       }
     }
   }
