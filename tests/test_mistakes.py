@@ -179,6 +179,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "num_experts: must be a positive multiple of the 8 ranks of axis 'ep', got 12",
     ),
+    "a capacity computed in floating point": (
+        lambda: _per_device(lambda ids: _plan(ids, capacity=1.25 * 64).group_sizes, IDS),
+        TypeError,
+        "capacity: must be a static integer, got 80.0",
+    ),
     "a node's capacity without nodes": (
         lambda: _per_device(lambda ids: _plan(ids, node_capacity=2).group_sizes, IDS),
         ValueError,

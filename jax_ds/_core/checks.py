@@ -4,6 +4,7 @@ Every message names the argument, the rule and the value, in that order:
 `kv_pages: page size must be 64, got 16`.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -59,12 +60,19 @@ def check_choice(argument: str, value: object, choices: Sequence[object]) -> Non
         fail(argument, "must be one of " + ", ".join(map(repr, choices)), repr(value))
 
 
+def check_integer(argument: str, value: Any) -> int:
+    """Requires a static integer, numpy's included; returns it as Python's."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{argument}: must be a static integer, got {value!r}")
+    return int(value)
+
+
 def check_axis(argument: str, axis_name: str | tuple[str, ...]) -> int:
     """Requires mesh axes that are manual here (inside `jax.shard_map`); returns their size."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     try:
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
         return int(jax.lax.axis_size(names))
-    except (NameError, KeyError):
+    except (NameError, KeyError, TypeError):
         fail(argument, "must name axes of the enclosing jax.shard_map", repr(axis_name))
 
 

@@ -22,6 +22,7 @@ from jax_ds._core.checks import (
     check,
     check_axis,
     check_dtype,
+    check_integer,
     check_rank,
     check_shape,
     fail,
@@ -93,7 +94,7 @@ def plan_dispatch(
     if node_capacity is not None:
         check(len(axes) == 2, "node_capacity", "needs axis_name=(node, gpu)", repr(axis_name))
         check_count("node_capacity", node_capacity, 1)
-    if capacity is not None and capacity < expert_alignment:
+    if capacity is not None and check_integer("capacity", capacity) < expert_alignment:
         fail("capacity", f"must be at least expert_alignment = {expert_alignment}", capacity)
 
     experts_each = num_experts // num_ranks
@@ -109,9 +110,9 @@ def plan_dispatch(
         num_experts=num_experts,
         num_tokens=num_tokens,
         top_k=top_k,
-        capacity=capacity,
+        capacity=int(capacity),
         expert_alignment=expert_alignment,
-        channel=channel,
+        channel=int(channel),
     )
     (expert_ids,) = together(axes, expert_ids)
     plan: DispatchPlan = calls.plan(Options(implementation), sizes, node_capacity, expert_ids)
@@ -214,7 +215,7 @@ def combine(
 
 def check_axes(axis_name: str | tuple[str, ...]) -> tuple[tuple[str, ...], int]:
     """The mesh axes as a tuple, and the number of ranks along them."""
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    axes = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     distinct = len(axes) in (1, 2) and len(set(axes)) == len(axes)
     check(distinct, "axis_name", "must be one axis or a (node, gpu) pair", repr(axis_name))
     return axes, check_axis("axis_name", axis_name)
@@ -229,13 +230,14 @@ def check_columns(expert_ids: Int32[Array, "T K"]) -> None:
 
 def check_experts(num_experts: int, num_ranks: int, axis_name: str | tuple[str, ...]) -> None:
     """Requires as many experts on every rank, at least one."""
+    check_integer("num_experts", num_experts)
     rule = f"must be a positive multiple of the {num_ranks} ranks of axis {axis_name!r}"
     check(num_experts >= 1 and num_experts % num_ranks == 0, "num_experts", rule, num_experts)
 
 
 def check_count(argument: str, value: int, least: int) -> None:
-    """Requires a static number, at least `least`."""
-    check(value >= least, argument, f"must be at least {least}", value)
+    """Requires a static integer, at least `least`."""
+    check(check_integer(argument, value) >= least, argument, f"must be at least {least}", value)
 
 
 def together(axes: tuple[str, ...], *operands: Any) -> Any:

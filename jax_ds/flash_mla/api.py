@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_ds._core.checks import check, check_dtype, check_rank, check_shape
+from jax_ds._core.checks import check, check_dtype, check_integer, check_rank, check_shape
 from jax_ds._runtime.choose import Implementation, choose
 from jax_ds.flash_mla import ffi, vjp, xla
 from jax_ds.flash_mla.config import DecodeConfig, PrefillConfig
@@ -86,8 +86,9 @@ def decode(
     _check_cache(kv_pages, page_table, seq_lens, batch)
     check_shape("kv_pages", kv_pages, (None, None, width), "P L D")
     _check_same_dtype("kv_pages", kv_pages, "q", q)
+    value_dim = check_integer("value_dim", value_dim)
     check(
-        isinstance(value_dim, int) and 1 <= value_dim <= width,
+        1 <= value_dim <= width,
         "value_dim",
         f"must be an integer from 1 to D = {width}",
         value_dim,
@@ -308,7 +309,7 @@ def _scale(scale: float | None, width: int) -> float:
     if scale is None:
         return float(width**-0.5)
     valid = isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0
-    check(valid, "scale", "must be a positive finite number", scale)
+    check(valid, "scale", "must be a positive finite number", repr(scale))
     return float(scale)
 
 

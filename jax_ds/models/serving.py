@@ -34,7 +34,7 @@ class Completion:
 
 
 class PagePool:
-    """A free list of the pages of one device. The lowest free page is handed out first."""
+    """A free list of the pages of one device, handed out in the order in which they came free."""
 
     def __init__(self, pages: int) -> None:
         self._free = collections.deque(range(pages))

@@ -106,7 +106,8 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * shrink, grads)
         updates, optimizer = train.optimizer().update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        load, dropped = jax.lax.psum((stats.load, stats.num_dropped.sum()), axes)
+        dropped = stats.num_dropped.sum(dtype=jnp.int32)
+        load, dropped = jax.lax.psum((stats.load, dropped), axes)
         params = _balance(params, load, train.bias_rate)
         metrics = Metrics(jax.lax.psum(value, axes), norm, load, dropped)
         return TrainState(state.step + 1, params, optimizer), metrics

@@ -92,6 +92,7 @@ def moe_layer(
       node_capacity: as in `plan_dispatch`.
       precision: "fp8", or "bf16" for unquantized products.
       low_latency: use the low-latency exchange and masked products, for decoding; no gradient.
+        It never drops: capacity_factor, node_capacity and num_sms do not apply.
       num_sms, channel: as in `deep_ep.dispatch`.
       implementation: None, "xla" or "cuda".
 
@@ -99,7 +100,7 @@ def moe_layer(
       y [T, H] in x's dtype and the `MoEStats` of this device.
 
     Raises:
-      TypeError: x has another dtype, or the low-latency form is differentiated.
+      TypeError: an array has another dtype, or the low-latency form is differentiated.
       ValueError: a shape breaks a rule, E is no multiple of the axis' size, or the call is
         outside `jax.shard_map`.
 
@@ -121,6 +122,7 @@ def moe_layer(
         routed_scaling=routed_scaling,
     )
     if valid is not None:
+        check_dtype("valid", valid, jnp.bool_)
         check_shape("valid", valid, x.shape[:1], "T")
         ids = jnp.where(valid[:, None], ids, -1)
     config = ExpertConfig(
@@ -192,6 +194,7 @@ def _check_layer(
     check_rank("x", x, 2)
     hidden = x.shape[1]
     ranks = check_axis("axis_name", axis_name)
+    _check_dtypes(params)
     check_rank("params.router", params.router, 2)
     num_experts = params.router.shape[0]
     check(
@@ -207,18 +210,35 @@ def _check_layer(
     width = params.gate_up.shape[1]
     check(width % 2 == 0, "params.gate_up", "gate and up must have the same width", width)
     check_shape("params.down", params.down, (local, hidden, width // 2), "E_local H F")
-    check(
-        (params.shared_gate_up is None) == (params.shared_down is None),
-        "params.shared_down",
-        "must be given together with params.shared_gate_up",
-        "one of them",
-    )
+    _check_shared(params, hidden)
     check(
         capacity_factor is None or capacity_factor > 0,
         "capacity_factor",
         "must be positive",
         capacity_factor,
     )
+
+
+def _check_dtypes(params: MoEParams) -> None:
+    if not isinstance(params, MoEParams):
+        raise TypeError(f"params: must be a MoEParams, got {type(params).__name__}")
+    for name, value in params._asdict().items():
+        if name in ("router", "bias"):
+            check_dtype(f"params.{name}", value, jnp.float32)
+        elif value is not None and not isinstance(value, Quantized):
+            check_dtype(f"params.{name}", value, jnp.bfloat16, jnp.float32)
+
+
+def _check_shared(params: MoEParams, hidden: int) -> None:
+    gate_up, down = params.shared_gate_up, params.shared_down
+    if gate_up is None or down is None:
+        rule = "must be given together with params.shared_gate_up"
+        check(gate_up is down, "params.shared_down", rule, "one of them")
+        return
+    check_shape("params.shared_gate_up", gate_up, (None, hidden), "2Fs H")
+    width = gate_up.shape[0]
+    check(width % 2 == 0, "params.shared_gate_up", "gate and up must have the same width", width)
+    check_shape("params.shared_down", down, (hidden, width // 2), "H Fs")
 
 
 def _check_quantized(params: MoEParams, precision: Precision, low_latency: bool) -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_ds._core.checks import check, check_rank, check_shape
+from jax_ds._core.checks import check, check_dtype, check_integer, check_rank, check_shape
 from jax_ds._runtime.choose import Implementation, choose
 
 
@@ -43,11 +43,15 @@ def group_limited_topk(
       expert_ids int32 [T, k] and weights float32 [T, k].
 
     Raises:
-      ValueError: a shape or a count breaks a rule above.
+      ValueError, TypeError: a shape, dtype or count breaks a rule above.
 
     Source: DeepSeek-V3 technical report, sections 2.1.2 and 3.2.2 (arXiv:2412.19437).
     """
+    check_dtype("logits", logits, jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
+    check_dtype("bias", bias, jnp.float32)
     check_rank("logits", logits, 2)
+    for name, count in (("k", k), ("num_groups", num_groups), ("top_groups", top_groups)):
+        check_integer(name, count)
     experts = logits.shape[1]
     check_shape("bias", bias, (experts,), "E")
     check(

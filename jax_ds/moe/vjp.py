@@ -72,14 +72,16 @@ def _fwd(
 ) -> tuple[BFloat16[Array, "T H"], _Residuals]:
     impl = config.implementation
     sizes = plan.group_sizes
-    # Quantizing before the exchange halves the bytes on the wire.
-    rows = deep_ep.dispatch(
-        quantization.quantize_1x128(x, implementation=impl), plan, **config.exchange
-    )
+    # Quantizing before the exchange halves the bytes on the wire. Scales are powers of two: the
+    # backward pass quantizes the received rows once more, along tokens, and between such scales
+    # that is exact but for the smallest values (DeepSeek-V3, section 3.3.1).
+    x_rows = quantization.quantize_1x128(x, scale_dtype="ue8m0", implementation=impl)
+    rows = deep_ep.dispatch(x_rows, plan, **config.exchange)
     gate_up_q, gate_up_t = quantization.quantize_128x128_both(gate_up, implementation=impl)
     down_q, down_t = quantization.quantize_128x128_both(down, implementation=impl)
     hidden = deep_gemm.fp8_grouped_gemm(rows, gate_up_q, sizes, implementation=impl)
-    act = quantization.swiglu_quantize_1x128(hidden, jnp.sum(sizes), implementation=impl)
+    num_rows = jnp.sum(sizes, dtype=jnp.int32)
+    act = quantization.swiglu_quantize_1x128(hidden, num_rows, implementation=impl)
     out = deep_gemm.fp8_grouped_gemm(act, down_q, sizes, implementation=impl)
     y = deep_ep.combine(out, plan, weights, **config.exchange)
     types = _Types(tuple(jax.typeof(primal) for primal in (x, weights, gate_up, down)))
@@ -108,7 +110,8 @@ def _bwd(
     d_down = wgrad(d_out_columns, act_columns)
     d_hidden = _swiglu_grad(saved.hidden, grouped(d_out_rows, saved.down_t))
     d_hidden_rows, d_hidden_columns = both(d_hidden)
-    _, x_columns = both(quantization.dequantize(saved.rows).astype(jnp.bfloat16))
+    x = quantization.dequantize(saved.rows).astype(jnp.bfloat16)
+    _, x_columns = both(x, scale_dtype="ue8m0")
     d_gate_up = wgrad(d_hidden_columns, x_columns)
     d_rows = grouped(d_hidden_rows, saved.gate_up_t)
     dx = combine(d_rows, plan, None)

@@ -82,6 +82,17 @@ def test_axis() -> None:
     said = _message(ValueError, checks.check_axis, "axis_name", ("node", "gpu"))
     expected = "axis_name: must name axes of the enclosing jax.shard_map, got ('node', 'gpu')"
     assert said == expected
+    said = _message(ValueError, checks.check_axis, "axis_name", None)
+    assert said == "axis_name: must name axes of the enclosing jax.shard_map, got None"
+
+
+def test_integer() -> None:
+    for three in (3, np.int32(3)):
+        assert type(checks.check_integer("k", three)) is int
+        assert checks.check_integer("k", three) == 3
+    for value in (3.0, "3", True, None):
+        said = _message(TypeError, checks.check_integer, "k", value)
+        assert said == f"k: must be a static integer, got {value!r}"
 
 
 @pytest.mark.parametrize(

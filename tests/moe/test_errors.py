@@ -64,6 +64,24 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: _trace(_params(shared_gate_up=jnp.zeros((8, HIDDEN)))),
         "params.shared_down: must be given together with params.shared_gate_up, got one of them",
     ),
+    "a shared expert of another model": (
+        lambda: _trace(
+            _params(shared_gate_up=jnp.zeros((8, 24)), shared_down=jnp.zeros((HIDDEN, 4)))
+        ),
+        "params.shared_gate_up: must have shape [2Fs H] = [*, 32], got [8, 24]",
+    ),
+    "a shared gate without its up": (
+        lambda: _trace(
+            _params(shared_gate_up=jnp.zeros((7, HIDDEN)), shared_down=jnp.zeros((HIDDEN, 4)))
+        ),
+        "params.shared_gate_up: gate and up must have the same width, got 7",
+    ),
+    "a shared expert stored [in, out]": (
+        lambda: _trace(
+            _params(shared_gate_up=jnp.zeros((8, HIDDEN)), shared_down=jnp.zeros((4, HIDDEN)))
+        ),
+        "params.shared_down: must have shape [H Fs] = [32, 4], got [4, 32]",
+    ),
     "a batch of sequences": (
         lambda: _trace(x=jnp.zeros((2, 4, HIDDEN), jnp.bfloat16)),
         "x: must have 2 dimensions, got shape [2, 4, 32]",
@@ -104,6 +122,31 @@ def _trace_valid(valid: Any) -> None:
 def test_message(name: str) -> None:
     run, message = MISTAKES[name]
     with pytest.raises(ValueError) as error:
+        run()
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            lambda: _trace(_params(router=jnp.zeros((EXPERTS, HIDDEN), jnp.bfloat16))),
+            "params.router: dtype must be float32, got bfloat16",
+        ),
+        (
+            lambda: _trace(_params(down=jnp.zeros((4, HIDDEN, FFN), jnp.int32)), precision="bf16"),
+            "params.down: dtype must be bfloat16 or float32, got int32",
+        ),
+        (
+            lambda: _trace_valid(jnp.ones(4, jnp.int32)),
+            "valid: dtype must be bool, got int32",
+        ),
+        (lambda: _trace(k=2.0), "k: must be a static integer, got 2.0"),
+        (lambda: _trace((1, 2)), "params: must be a MoEParams, got tuple"),
+    ],
+)
+def test_types(run: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError) as error:
         run()
     assert str(error.value) == message
 
