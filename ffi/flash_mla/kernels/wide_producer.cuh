@@ -1,0 +1,127 @@
+// The wide decode kernel: what all roles share, and the loads.
+#pragma once
+
+#include "flash_mla/kernels/softmax.cuh"
+#include "flash_mla/kernels/wide_config.cuh"
+
+namespace jax_ds::flash_mla {
+
+// This CTA's place: group of the schedule, query rows.
+template <typename Config>
+JAX_DS_DEVICE Place place_of(const DecodeParams& p) {
+  const int cluster = blockIdx.x / Config::kCluster;
+  const int rank = Config::kCluster == 1 ? 0 : cluster_ctarank();
+  const int row_group = cluster % p.row_groups;
+  return {cluster / p.row_groups, (row_group * Config::kCluster + rank) * Config::kRows};
+}
+
+// Where this CTA's rows of a part lie in the workspace.
+template <typename Config>
+JAX_DS_DEVICE i64 partial_row(const DecodeParams& p, const Place& place, int part_slot) {
+  return static_cast<i64>(2 * place.group + part_slot) * p.row_groups * Config::kCluster *
+             Config::kRows +
+         place.first_row;
+}
+
+// One lane of a warp, for all CTAs of the cluster: the warp no longer reads the slot.
+template <typename Config>
+JAX_DS_DEVICE void release(u64* barrier) {
+  if constexpr (Config::kCluster == 1) {
+    mbarrier_arrive(barrier);
+  } else {
+    for (int rank = 0; rank < Config::kCluster; ++rank) mbarrier_arrive_cluster(barrier, rank);
+  }
+}
+
+// Warp 0 finds the items, announces each to the other roles along with its query, and loads pages.
+template <typename Config>
+struct Producer {
+  const DecodeParams& p;
+  WideShared<Config>& shared;
+  Progress at;
+
+  // Each CTA of a cluster loads its share of the groups, for all.
+  JAX_DS_DEVICE void load(const TensorMap* map, u8* target, int group_bytes, u64* full, int tile,
+                          int row) const {
+    if (!elect_one()) return;
+    mbarrier_arrive_expect_tx(full, kGroups * group_bytes);
+    if constexpr (Config::kCluster == 1) {
+      tma_load_4d(target, map, full, 0, 0, tile, row / kGroupRows);
+    } else {
+      const int first = cluster_ctarank() * (kGroups / Config::kCluster);
+      tma_load_4d_multicast(target + first * group_bytes, map, full, Config::kMulticast, 0, 0, tile,
+                            row / kGroupRows + first);
+    }
+  }
+
+  JAX_DS_DEVICE void load_block(int row) {
+    mbarrier_wait(&shared.values_empty[at.stage()], at.stage_phase() ^ 1);
+    load(&p.kv_map, shared.values[at.stage()][0][0], kWideGroupStride,
+         &shared.values_full[at.stage()], 0, row);
+    at.template advance_stage<Config::kStages>();
+    mbarrier_wait(&shared.rope_empty[at.slot()], at.slot_phase() ^ 1);
+    load(&p.rope_map, shared.rope[at.slot()], kGroupTileBytes, &shared.rope_full[at.slot()],
+         kKeyTiles - 1, row);
+    at.advance_slot();
+  }
+
+  // Tells the other roles; blocks == 0: that there are no more items.
+  JAX_DS_DEVICE void announce(const Announcement& item) {
+    if (elect_one()) {
+      const u32 slot = at.items() % Config::kAnnouncements;
+      shared.announcements[slot] = item;
+      mbarrier_arrive(&shared.announced[slot]);
+    }
+    at.advance_item();
+  }
+
+  JAX_DS_DEVICE void load_query(const Item& item) {
+    mbarrier_wait(&shared.values_empty[at.stage()], at.stage_phase() ^ 1);
+    mbarrier_wait(&shared.q_empty, (at.items() + 1) % 2);
+    announce({item.request, item.length - item.first * kBlock, item.last - item.first,
+              item.split ? item.part_slot : kWhole});
+    if (elect_one()) {
+      u64* full = &shared.values_full[at.stage()];
+      mbarrier_arrive_expect_tx(full, kKeyTiles * kTileBytes);
+      const int row = item.request * p.S * p.H + shared.place.first_row;
+      for (int t = 0; t < kKeyTiles; ++t) {
+        u8* target = t < Config::kQueryRegTiles ? shared.query[at.stage()][t]
+                                                : shared.q[t - Config::kQueryRegTiles];
+        tma_load_2d(target, &p.q_map, full, t * kTileCols, row);
+      }
+    }
+    at.template advance_stage<Config::kStages>();
+  }
+
+  JAX_DS_DEVICE void run() {
+    Items walk(p, shared.schedule);
+    for (Item item; walk.next(item);) {
+      if (item.empty()) continue;
+      load_query(item);
+      PageRows rows(p, item);
+      for (int block = item.first; block < item.last; ++block) load_block(rows.row(block));
+    }
+    announce({.blocks = 0});
+  }
+};
+
+// Warp 1 writes the results of requests without tokens and notes how requests were shared out.
+template <typename Config>
+JAX_DS_DEVICE void write_empty(const DecodeParams& p, WideShared<Config>& shared) {
+  const int R = p.S * p.H;
+  Items items(p, shared.schedule);
+  for (Item item; items.next(item);) {
+    note_parts(p, shared.schedule, item, lane_id() == 0 && shared.place.first_row == 0,
+               shared.place.group, 0);
+    if (!item.empty()) continue;
+    for (int i = 0; i < Config::kRows && shared.place.first_row + i < R; ++i) {
+      const i64 row = static_cast<i64>(item.request) * R + shared.place.first_row + i;
+      u8* target = static_cast<u8*>(p.out) + row * kValueDim * 2 + lane_id() * 16;
+      st_global_v4(target, uint4{0, 0, 0, 0});
+      st_global_v4(target + 512, uint4{0, 0, 0, 0});
+      if (lane_id() == 0) p.lse[row] = -kInfinity;
+    }
+  }
+}
+
+}  // namespace jax_ds::flash_mla

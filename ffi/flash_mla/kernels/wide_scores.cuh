@@ -1,0 +1,219 @@
+// The wide decode kernel: scores and softmax, one warpgroup.
+#pragma once
+
+#include "flash_mla/kernels/wide_producer.cuh"
+
+namespace jax_ds::flash_mla {
+
+template <typename Config>
+struct Scores {
+  using Element = typename Config::Element;
+  static constexpr auto kK = wgmma::Major::kK;
+  // The part of the query that stays in registers: fragments of 16 columns.
+  using Query = u32[Config::kQueryFragments][4];
+
+  const DecodeParams& p;
+  WideShared<Config>& shared;
+  const int row = 16 * (warp_id() % 4) + lane_id() / 4;  // and row + 8, of the CTA's 64
+
+  Progress at;
+  float reference[2], sum[2];  // base 2
+
+  // Row that this lane addresses of the warp's 16 x 16 matrices.
+  static JAX_DS_DEVICE int matrix_row() { return 16 * (warp_id() % 4) + lane_id() % 16; }
+
+  JAX_DS_DEVICE void load_query(Query& q) {
+    mbarrier_wait(&shared.values_full[at.stage()], at.stage_phase());
+#pragma unroll
+    for (int i = 0; i < Config::kQueryFragments; ++i) {
+      ldmatrix_x4(shared_address(shared.query[at.stage()][i / 4]) +
+                      swizzled(matrix_row(), 2 * (i % 4) + lane_id() / 16),
+                  q[i]);
+    }
+    // The fragment without registers: a thread moves 16 bytes.
+    const int chunk = lane_id() / 16;
+    const uint4 piece =
+        ld_shared_v4(shared_address(shared.query[at.stage()][Config::kQueryRegTiles - 1]) +
+                     swizzled(matrix_row(), 6 + chunk));
+    bar_sync(1, 128);  // all warps have done with the previous item's
+    st_shared_v4(shared_address(shared.q_fragment[chunk][matrix_row()]), piece.x, piece.y, piece.z,
+                 piece.w);
+    fence_proxy_async_shared();
+    bar_sync(1, 128);
+    release_stage();
+  }
+
+  // On behalf of both output warpgroups, which take no notice of the query's stage.
+  JAX_DS_DEVICE void release_stage() {
+    if (lane_id() == 0) {
+      release<Config>(&shared.values_empty[at.stage()]);
+      release<Config>(&shared.values_empty[at.stage()]);
+    }
+    at.template advance_stage<Config::kStages>();
+  }
+
+  // S = Q K^T. Once all but the rotary part is through, opens the previous block's P V.
+  JAX_DS_DEVICE void multiply(const Query& q, float (&s)[32], bool open_previous) const {
+    mbarrier_wait(&shared.values_full[at.stage()], at.stage_phase());
+    wgmma::fence();
+#pragma unroll
+    for (int t = 0; t < kValueTiles; ++t) {
+      const u64 k =
+          wgmma::descriptor(shared_address(shared.values[at.stage()][0][t]), kWideGroupStride);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const int i = 4 * t + step;
+        if (i < Config::kQueryFragments) {
+          wgmma::mma<kK>(Element{}, s, q[i < Config::kQueryFragments ? i : 0], k + 2 * step,
+                         i != 0);
+        } else if (i == Config::kQueryFragments) {
+          wgmma::mma<kK, kK>(Element{}, s,
+                             wgmma::descriptor_unswizzled(shared_address(shared.q_fragment), 1024),
+                             k + 2 * step, true);
+        } else {
+          const u64 from = wgmma::descriptor(shared_address(shared.q[t - Config::kQueryRegTiles]));
+          wgmma::mma<kK, kK>(Element{}, s, from + 2 * step, k + 2 * step, true);
+        }
+      }
+    }
+    wgmma::commit_group();
+    mbarrier_wait(&shared.rope_full[at.slot()], at.slot_phase());
+    wgmma::fence();
+    const u64 k = wgmma::descriptor(shared_address(shared.rope[at.slot()]));
+    const u64 from = wgmma::descriptor(shared_address(shared.q[Config::kQuerySharedTiles - 1]));
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      wgmma::mma<kK, kK>(Element{}, s, from + 2 * step, k + 2 * step, true);
+    }
+    wgmma::commit_group();
+    wgmma::wait_group<1>();
+    if (open_previous && lane_id() == 0) mbarrier_arrive(&shared.go[at.slot() ^ 1]);
+    wgmma::wait_group<0>();
+  }
+
+  // Scales to base 2 and hides what the rows may not see. `tokens`: to the request's end.
+  JAX_DS_DEVICE void mask(int tokens, float (&s)[32]) const {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[i] *= p.scale_log2;
+    if (tokens - (p.causal ? p.S - 1 : 0) >= kBlock) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Counted from this lane's first token, so that each comparison is with a constant.
+      const int visible =
+          visible_tokens(p, tokens, shared.place.first_row + row + 8 * half) - 2 * (lane_id() % 4);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (8 * i >= visible) s[4 * i + 2 * half] = -kInfinity;
+        if (8 * i + 1 >= visible) s[4 * i + 2 * half + 1] = -kInfinity;
+      }
+    }
+  }
+
+  // Scores to probabilities; what the output so far is scaled by goes to shared memory.
+  JAX_DS_DEVICE void softmax(float (&s)[32]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = s[2 * half];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        largest = fmaxf(largest, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+      const u32 shift = move_reference(reference[half], largest);
+      if (lane_id() % 4 == 0) shared.shift[at.slot()][row + 8 * half] = shift;
+      const float zero = finite_reference(reference[half]);
+      float added = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& a = s[4 * i + 2 * half];
+        float& b = s[4 * i + 2 * half + 1];
+        a = exp2_approx(a - zero);
+        b = exp2_approx(b - zero);
+        added += a + b;
+      }
+      sum[half] = sum[half] * power_of_two(shift) + added;
+    }
+  }
+
+  // P takes the rotary tile's place.
+  JAX_DS_DEVICE void store_probabilities(const float (&s)[32]) const {
+    const u32 base = shared_address(shared.rope[at.slot()]);
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      stmatrix_x4(base + swizzled(matrix_row(), i + lane_id() / 16),
+                  wgmma::pack(Element{}, s[4 * i], s[4 * i + 1]),
+                  wgmma::pack(Element{}, s[4 * i + 2], s[4 * i + 3]),
+                  wgmma::pack(Element{}, s[4 * i + 4], s[4 * i + 5]),
+                  wgmma::pack(Element{}, s[4 * i + 6], s[4 * i + 7]));
+    }
+  }
+
+  // Unused slots of a page may hold NaN, which a zero probability would not hide.
+  JAX_DS_DEVICE void clear_unused_values(int tokens) const {
+    for (int i = tokens * 64 + threadIdx.x % 128; i < kBlock * 64; i += 128) {
+      const int row = i / 64, tile = i / 8 % 8, chunk = i % 8;
+      const u8* target = shared.values[at.stage()][row / kGroupRows][tile];
+      st_shared_v4(shared_address(target) + row % kGroupRows * 128 + chunk * 16, 0, 0, 0, 0);
+    }
+  }
+
+  JAX_DS_DEVICE void finish(const Announcement& item) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
+      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+      if (lane_id() % 4 != 0) continue;
+      shared.inverse[at.slot()][row + 8 * half] = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];
+      const float lse = reference[half] + log2_approx(sum[half]);
+      if (item.part != kWhole) {
+        p.partial_lse[partial_row<Config>(p, shared.place, item.part) + row + 8 * half] = lse;
+        continue;
+      }
+      const int R = p.S * p.H;
+      const int r = shared.place.first_row + row + 8 * half;
+      if (r < R) p.lse[static_cast<i64>(item.request) * R + r] = lse * kLn2;
+    }
+  }
+
+  JAX_DS_DEVICE void run_item(const Announcement& item) {
+    Query q;
+    load_query(q);
+    reference[0] = reference[1] = -kInfinity;
+    sum[0] = sum[1] = 0.0f;
+    int tokens = item.tokens;
+    bool opened = true;  // the previous block's P V
+    for (int blocks = item.blocks; blocks > 0; --blocks, tokens -= kBlock) {
+      float s[32];
+      multiply(q, s, !opened);
+      if (blocks == 1 && lane_id() == 0) mbarrier_arrive(&shared.q_empty);
+      mask(tokens, s);
+      softmax(s);
+      bar_sync(1, 128);  // all warps have done with the rotary tile
+      store_probabilities(s);
+      if (tokens < kBlock) clear_unused_values(tokens);
+      if (blocks == 1) finish(item);
+      fence_proxy_async_shared();
+      __syncwarp();
+      const u32 slot = at.slot();
+      at.template advance_stage<Config::kStages>();
+      // The next block opens this one's P V, unless there is none or it is still to come.
+      opened =
+          blocks == 1 || !mbarrier_test_wait(&shared.values_full[at.stage()], at.stage_phase());
+      if (opened && lane_id() == 0) mbarrier_arrive(&shared.go[slot]);
+      at.advance_slot();
+    }
+  }
+
+  JAX_DS_DEVICE void run() {
+    for (;; at.advance_item()) {
+      const u32 place = at.items() % Config::kAnnouncements;
+      mbarrier_wait(&shared.announced[place], at.items() / Config::kAnnouncements % 2);
+      const Announcement& item = shared.announcements[place];
+      if (item.blocks == 0) break;
+      run_item(item);
+    }
+  }
+};
+
+}  // namespace jax_ds::flash_mla
