@@ -9,44 +9,15 @@
 
 #include "deep_gemm/kernels/config.h"
 #include "deep_gemm/kernels/epilogue.cuh"
+#include "deep_gemm/kernels/promote.cuh"
 #include "deep_gemm/kernels/scheduler.cuh"
+#include "deep_gemm/kernels/split.cuh"
+#include "deep_gemm/kernels/storage.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/tma.cuh"
 #include "kernels/wgmma_fp8.cuh"
 
 namespace jax_ds::deep_gemm {
-
-// ---- shared storage ----------------------------------------------------------------------------
-
-template <Config kConfig>
-struct Storage {
-  u8 lhs[kConfig.stages][kConfig.block_m * kBlockK];
-  u8 rhs[kConfig.stages][kConfig.block_n * kBlockK];
-  u8 staging[kConfig.math * 4]
-            [StagingBuffers(kConfig) > 0 ? StagingBuffers(kConfig) * kStagingBytes : 16];
-  float4 reduce[ReduceBytes(kConfig) > 0 ? ReduceBytes(kConfig) / 16 : 1];
-  float lhs_scales[kConfig.stages][kConfig.block_m];
-  float rhs_scales[kConfig.stages][RhsScaleSlots(kConfig)];
-  int group_ends[kConfig.mode == kDense ? 4 : kMaxGroups];
-  PipelineBarriers<kConfig.stages> ring;
-  PipelineBarriers<1> reduced;  // the reduce buffer, filled by the other splits
-};
-
-template <Config kConfig>
-constexpr bool legal() {
-  constexpr Config c = kConfig;
-  static_assert(c.block_m % (64 * c.math) == 0 && c.waves() <= 2, "64 or 128 rows a warpgroup");
-  static_assert(c.block_n % 16 == 0 && c.block_n * kBlockK % 1024 == 0, "swizzle atoms");
-  static_assert(c.block_m / c.multicast * kBlockK % 1024 == 0, "parts of the lhs tile");
-  static_assert(c.cluster() <= 8, "portable clusters");
-  static_assert(c.mode == kWgrad || c.block_n <= 128 + ScaleUnit(c), "at most two scales of rhs");
-  static_assert(c.split == 1 || (c.waves() == 1 && c.block_n / c.split % 16 == 0), "whole strips");
-  static_assert(c.split == 1 || c.mode == kDense || c.mode == kGrouped || c.mode == kMasked);
-  static_assert(c.depth == 1 || (c.depth == 2 && c.waves() == 1 && c.stages > 2), "registers");
-  static_assert(c.turns == 0 || c.math > 1, "turns are taken by several");
-  static_assert(sizeof(Storage<c>) <= SharedBytes(c), "SharedBytes counts the storage");
-  return true;
-}
 
 // ---- producers: a warp for the operands, a warp for their scales
 // -----------------------------------
@@ -146,115 +117,6 @@ JAX_DS_DEVICE void multiply(float (&partial)[kN / 2], const u8* lhs, const u8* r
     WgmmaE4m3<kN>::mma(partial, a + 2 * k, b + 2 * k, k > 0);
   }
   wgmma_commit_group();
-}
-
-// A stage's scales, for this thread's elements.
-template <Config kConfig>
-struct Scales {
-  static constexpr bool kWide = kConfig.mode == kWgrad;
-  static constexpr bool kStraddles = !kWide && 128 % kConfig.block_n != 0;
-  static constexpr int kUnit = ScaleUnit(kConfig);  // columns that lie in one block of 128
-  // Where registers are scarce the columns' scales stay in shared memory until they are used, and
-  // the slot is released after that.
-  static constexpr bool kLate = kWide && (kConfig.math == 3 || kConfig.depth > 1);
-  float lhs[2];                                          // rows r and r + 8
-  float rhs[kWide && !kLate ? kConfig.block_n / 4 : 2];  // its columns, or two blocks of 128
-  u32 columns;                                           // shared address of the columns' scales
-
-  JAX_DS_DEVICE void load(const Storage<kConfig>& s, int slot, int row) {
-    const u32 lane = lane_id();
-    lhs[0] = ld_shared_f32(shared_address(&s.lhs_scales[slot][row + lane / 4]));
-    lhs[1] = ld_shared_f32(shared_address(&s.lhs_scales[slot][row + lane / 4 + 8]));
-    columns = shared_address(&s.rhs_scales[slot][kWide ? 2 * (lane % 4) : 0]);
-    if constexpr (kWide && !kLate) {
-#pragma unroll
-      for (int j = 0; j < kConfig.block_n / 8; ++j) load_columns(&rhs[2 * j], j);
-    } else if constexpr (!kWide) {
-      rhs[0] = ld_shared_f32(columns);
-      if constexpr (kStraddles) rhs[1] = ld_shared_f32(columns + 4);
-    }
-  }
-
-  JAX_DS_DEVICE void load_columns(float* pair, int j) const {
-    const float2 value = ld_shared_v2_f32(columns + 32 * j);
-    pair[0] = value.x;
-    pair[1] = value.y;
-  }
-
-  // total += scales * partial. `split`: first column, from the tile's, of the second block.
-  JAX_DS_DEVICE void promote(float* total, const float* partial, int split) {
-#pragma unroll
-    for (int unit = 0; unit < kConfig.block_n; unit += kUnit) {
-      float scale[2] = {lhs[0], lhs[1]};
-      if constexpr (!kWide) {
-        const float block = kStraddles && unit >= split ? rhs[1] : rhs[0];
-        scale[0] *= block;
-        scale[1] *= block;
-      }
-#pragma unroll
-      for (int j = unit / 8; j < (unit + kUnit) / 8; ++j) {
-        if constexpr (kLate) load_columns(rhs, j);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float column = kWide ? rhs[(kLate ? 0 : 2 * j) + i % 2] : 1.f;
-          total[4 * j + i] += scale[i / 2] * column * partial[4 * j + i];
-        }
-      }
-    }
-  }
-};
-
-// Adds the partial tiles of a cluster's splits in order: the CTA of split r gets the r-th part of
-// every thread's registers, which is the r-th part of the tile's columns.
-template <Config kConfig>
-JAX_DS_DEVICE void reduce_splits(Storage<kConfig>& s, Pipeline<1>& buffer, const float* total,
-                                 float* share) {
-  constexpr int kSplit = kConfig.split;
-  constexpr int kVectors = kConfig.block_n / 2 / kSplit / 4;  // of four floats, of one share
-  constexpr int kThreads = kConfig.math_threads();
-  const u32 rank = cluster_ctarank(), thread = threadIdx.x;
-  const u32 self = rank / kConfig.multicast, column = rank % kConfig.multicast;
-
-  if (thread == 0) buffer.commit((kSplit - 1) * kVectors * kThreads * 16);
-  buffer.acquire();
-#pragma unroll
-  for (int to = 0; to < kSplit; ++to) {
-    if (to == self) continue;
-    const u32 place = self < to ? self : self - 1, peer = to * kConfig.multicast + column;
-    const u32 base = mapa(shared_address(&s.reduce[place * kVectors * kThreads + thread]), peer);
-    const u32 full = mapa(shared_address(buffer.full()), peer);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const float* v = total + (to * kVectors + i) * 4;
-      st_async_v4_f32(base + i * kThreads * 16, full, v[0], v[1], v[2], v[3]);
-    }
-  }
-
-  buffer.wait();
-#pragma unroll
-  for (int from = 0; from < kSplit; ++from) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      float4 v;
-      if (from == self) {
-        // The index must be a constant for `total` to stay in registers.
-        const float* own = total + (from * kVectors + i) * 4;
-        v = float4{own[0], own[1], own[2], own[3]};
-      } else {
-        const u32 place = from < self ? from : from - 1;
-        v = ld_shared_v4_f32(shared_address(&s.reduce[(place * kVectors + i) * kThreads + thread]));
-      }
-      share[4 * i + 0] = from == 0 ? v.x : share[4 * i + 0] + v.x;
-      share[4 * i + 1] = from == 0 ? v.y : share[4 * i + 1] + v.y;
-      share[4 * i + 2] = from == 0 ? v.z : share[4 * i + 2] + v.z;
-      share[4 * i + 3] = from == 0 ? v.w : share[4 * i + 3] + v.w;
-    }
-  }
-  __syncwarp();
-  if (lane_id() < kSplit && lane_id() != self) {
-    mbarrier_arrive_cluster(buffer.empty(), lane_id() * kConfig.multicast + column);
-  }
-  buffer.advance();
 }
 
 // Arrives, for this warp, on the slot's barrier in every CTA that fills it.

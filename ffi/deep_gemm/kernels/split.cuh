@@ -1,0 +1,61 @@
+// Adding up what the CTAs of a cluster computed over their parts of K.
+#pragma once
+
+#include "deep_gemm/kernels/storage.cuh"
+
+namespace jax_ds::deep_gemm {
+
+// Adds the partial tiles of a cluster's splits in order: the CTA of split r gets the r-th part of
+// every thread's registers, which is the r-th part of the tile's columns.
+template <Config kConfig>
+JAX_DS_DEVICE void reduce_splits(Storage<kConfig>& s, Pipeline<1>& buffer, const float* total,
+                                 float* share) {
+  constexpr int kSplit = kConfig.split;
+  constexpr int kVectors = kConfig.block_n / 2 / kSplit / 4;  // of four floats, of one share
+  constexpr int kThreads = kConfig.math_threads();
+  const u32 rank = cluster_ctarank(), thread = threadIdx.x;
+  const u32 self = rank / kConfig.multicast, column = rank % kConfig.multicast;
+
+  if (thread == 0) buffer.commit((kSplit - 1) * kVectors * kThreads * 16);
+  buffer.acquire();
+#pragma unroll
+  for (int to = 0; to < kSplit; ++to) {
+    if (to == self) continue;
+    const u32 place = self < to ? self : self - 1, peer = to * kConfig.multicast + column;
+    const u32 base = mapa(shared_address(&s.reduce[place * kVectors * kThreads + thread]), peer);
+    const u32 full = mapa(shared_address(buffer.full()), peer);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const float* v = total + (to * kVectors + i) * 4;
+      st_async_v4_f32(base + i * kThreads * 16, full, v[0], v[1], v[2], v[3]);
+    }
+  }
+
+  buffer.wait();
+#pragma unroll
+  for (int from = 0; from < kSplit; ++from) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      float4 v;
+      if (from == self) {
+        // The index must be a constant for `total` to stay in registers.
+        const float* own = total + (from * kVectors + i) * 4;
+        v = float4{own[0], own[1], own[2], own[3]};
+      } else {
+        const u32 place = from < self ? from : from - 1;
+        v = ld_shared_v4_f32(shared_address(&s.reduce[(place * kVectors + i) * kThreads + thread]));
+      }
+      share[4 * i + 0] = from == 0 ? v.x : share[4 * i + 0] + v.x;
+      share[4 * i + 1] = from == 0 ? v.y : share[4 * i + 1] + v.y;
+      share[4 * i + 2] = from == 0 ? v.z : share[4 * i + 2] + v.z;
+      share[4 * i + 3] = from == 0 ? v.w : share[4 * i + 3] + v.w;
+    }
+  }
+  __syncwarp();
+  if (lane_id() < kSplit && lane_id() != self) {
+    mbarrier_arrive_cluster(buffer.empty(), lane_id() * kConfig.multicast + column);
+  }
+  buffer.advance();
+}
+
+}  // namespace jax_ds::deep_gemm

@@ -1,0 +1,39 @@
+// A CTA's shared memory, and what a configuration must keep to.
+#pragma once
+
+#include "deep_gemm/kernels/config.h"
+#include "kernels/pipeline.cuh"
+
+namespace jax_ds::deep_gemm {
+
+template <Config kConfig>
+struct Storage {
+  u8 lhs[kConfig.stages][kConfig.block_m * kBlockK];
+  u8 rhs[kConfig.stages][kConfig.block_n * kBlockK];
+  u8 staging[kConfig.math * 4]
+            [StagingBuffers(kConfig) > 0 ? StagingBuffers(kConfig) * kStagingBytes : 16];
+  float4 reduce[ReduceBytes(kConfig) > 0 ? ReduceBytes(kConfig) / 16 : 1];
+  float lhs_scales[kConfig.stages][kConfig.block_m];
+  float rhs_scales[kConfig.stages][RhsScaleSlots(kConfig)];
+  int group_ends[kConfig.mode == kDense ? 4 : kMaxGroups];
+  PipelineBarriers<kConfig.stages> ring;
+  PipelineBarriers<1> reduced;  // the reduce buffer, filled by the other splits
+};
+
+template <Config kConfig>
+constexpr bool legal() {
+  constexpr Config c = kConfig;
+  static_assert(c.block_m % (64 * c.math) == 0 && c.waves() <= 2, "64 or 128 rows a warpgroup");
+  static_assert(c.block_n % 16 == 0 && c.block_n * kBlockK % 1024 == 0, "swizzle atoms");
+  static_assert(c.block_m / c.multicast * kBlockK % 1024 == 0, "parts of the lhs tile");
+  static_assert(c.cluster() <= 8, "portable clusters");
+  static_assert(c.mode == kWgrad || c.block_n <= 128 + ScaleUnit(c), "at most two scales of rhs");
+  static_assert(c.split == 1 || (c.waves() == 1 && c.block_n / c.split % 16 == 0), "whole strips");
+  static_assert(c.split == 1 || c.mode == kDense || c.mode == kGrouped || c.mode == kMasked);
+  static_assert(c.depth == 1 || (c.depth == 2 && c.waves() == 1 && c.stages > 2), "registers");
+  static_assert(c.turns == 0 || c.math > 1, "turns are taken by several");
+  static_assert(sizeof(Storage<c>) <= SharedBytes(c), "SharedBytes counts the storage");
+  return true;
+}
+
+}  // namespace jax_ds::deep_gemm
