@@ -1,7 +1,8 @@
 """The communication kernels against the portable implementation, one process for each rank.
 
 `make gpu-test-multirank` starts the processes. Every rank makes its own operands from a key; what
-differs between the implementations is counted on the devices and summed over all ranks.
+differs between the implementations is counted on the devices and summed over all ranks. With
+several nodes each has an expert-parallel group of its own.
 """
 
 import dataclasses
@@ -37,7 +38,11 @@ def ranks() -> int:
 @functools.cache
 def _join() -> int:
     _, ranks = multirank.join()
-    return ranks
+    return ranks // _nodes()
+
+
+def _nodes() -> int:
+    return int(os.environ.get("JAX_DS_TEST_NODES", "1"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +89,27 @@ def _ids(sizes: Sizes, num_experts: int, key: Array, routing: Array) -> Array:
 
 def _on_ranks(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of replicated arguments on every rank, jitted; results are summed over ranks."""
-    mesh = jax.make_mesh((jax.device_count(),), ("ep",), axis_types=(AxisType.Auto,))
+    axes = ("node", "ep")
+    shape = (_nodes(), jax.device_count() // _nodes())
+    mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 2)
 
     def per_rank(*args: Any) -> Any:
-        return jax.tree.map(lambda a: jax.lax.psum(a, "ep"), function(*args))
+        args = jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), args)
+        return jax.tree.map(lambda a: jax.lax.psum(a, axes), function(*args))
 
     mapped = jax.jit(jax.shard_map(per_rank, mesh=mesh, in_specs=P(), out_specs=P()))
     return lambda *args: jax.tree.map(np.asarray, mapped(*args))
 
 
+def _mine(key: Array) -> Array:
+    """A key that no other rank has."""
+    return jax.random.fold_in(key, jax.lax.axis_index(("node", "ep")))
+
+
 def _everything(sizes: Sizes, key: Array, routing: Array, implementation: str) -> dict[str, Any]:
     """Values and gradients of both functions on one rank."""
     num_experts = sizes.experts * jax.lax.axis_size("ep")
-    keys = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index("ep")), 6)
+    keys = jax.random.split(_mine(key), 6)
     dtype = jnp.dtype(sizes.dtype)
     ids = _ids(sizes, num_experts, keys[0], routing)
     plan = deep_ep.plan_dispatch(
@@ -192,7 +205,7 @@ def test_gradient_of_a_scan_over_layers(ranks: int) -> None:
         @jax.checkpoint
         def layer(x: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
             key, scale = step
-            key = jax.random.fold_in(key, jax.lax.axis_index("ep"))
+            key = _mine(key)
             ids = _ids(sizes, num_experts, key, jnp.asarray(0))
             weights = jax.random.uniform(key, ids.shape)
             plan = deep_ep.plan_dispatch(ids, num_experts=num_experts, axis_name="ep")
@@ -205,7 +218,7 @@ def test_gradient_of_a_scan_over_layers(ranks: int) -> None:
         return jnp.sum(x.astype(jnp.float32) ** 2)
 
     def run(key: Array) -> dict[str, Array]:
-        mine = jax.random.fold_in(key, jax.lax.axis_index("ep"))
+        mine = _mine(key)
         x = jax.random.normal(mine, (sizes.tokens, sizes.hidden)).astype(jnp.bfloat16)
         scale = jax.random.normal(mine, (layers, sizes.hidden)).astype(jnp.bfloat16)
         got = jax.value_and_grad(loss, (0, 1))(x, scale, key, "cuda")
@@ -236,10 +249,9 @@ def test_many_rounds_with_delays(ranks: int) -> None:
 
     def run(key: Array) -> dict[str, Array]:
         num_experts = sizes.experts * ranks
-        rank = jax.lax.axis_index("ep")
 
         def step(wrong: Array, key: Array) -> tuple[Array, None]:
-            key = jax.random.fold_in(key, rank)
+            key = _mine(key)
             ids = _ids(sizes, num_experts, key, jax.random.randint(key, (), 0, len(ROUTINGS)))
             x = jax.random.normal(key, (sizes.tokens, sizes.hidden)).astype(jnp.bfloat16)
             # A loop of random length: this rank comes late to the exchange.
@@ -252,7 +264,7 @@ def test_many_rounds_with_delays(ranks: int) -> None:
             bad = _different(*rows) + _far(*y, 2e-2)
             return wrong + bad, None
 
-        start = jax.lax.pcast(jnp.zeros((), jnp.int32), ("ep",), to="varying")
+        start = jax.lax.pcast(jnp.zeros((), jnp.int32), ("node", "ep"), to="varying")
         wrong, _ = jax.lax.scan(step, start, jax.random.split(key, rounds))
         return {"wrong": wrong}
 
@@ -265,8 +277,8 @@ def test_nothing_was_reported(ranks: int) -> None:
 
 def test_a_stopped_rank_is_reported(ranks: int) -> None:
     """The last test: the device stays dead. The last rank does not come to the second round."""
-    if ranks == 1:
-        pytest.skip("needs a peer")
+    if ranks == 1 or _nodes() > 1:
+        pytest.skip("needs one group with a peer")
     sizes = Sizes(tokens=16, hidden=512)
     mesh = jax.make_mesh((ranks,), ("ep",), axis_types=(AxisType.Auto,))
     on_ranks = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("ep"))

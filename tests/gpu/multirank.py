@@ -24,9 +24,16 @@ import time
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# How long the others may go on after a rank has failed: they should report whom they wait for.
-_GRACE_S = 20.0
-_TESTS = ["-q", "-m", "multigpu", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+_TESTS = [
+    "tests/deep_ep/test_multirank.py",
+    "-q",
+    "-m",
+    "multigpu",
+    "-p",
+    "no:cacheprovider",
+    "-o",
+    "filterwarnings=default",
+]
 
 
 def join() -> tuple[int, int]:
@@ -44,13 +51,22 @@ def started_here() -> bool:
     return "JAX_DS_TEST_RANK" in os.environ
 
 
+def shares_gpu() -> bool:
+    """Whether this rank has its GPU together with others."""
+    return "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for everything")
+    parser.add_argument(
+        "--grace", type=float, default=20.0, help="seconds for the others after a rank has failed"
+    )
     parser.add_argument("--nccl", default="", help="libnccl.so.2 to preload")
     parser.add_argument("--logs", default="", help="folder for the ranks' output")
+    parser.add_argument("--lines", type=int, default=3, help="lines of rank 0 to show at the end")
     parser.add_argument("program", nargs="*", help="-- program, or arguments of pytest")
     options = parser.parse_args()
     if options.ranks < 1 or options.nodes < 1 or options.ranks % options.nodes:
@@ -107,12 +123,12 @@ def _run(
                         start_new_session=True,
                     )
                 )
-        _wait(ranks, options.timeout)
+        _wait(ranks, options.timeout, options.grace)
     finally:
         for process in ranks:
             _stop(process)
     statuses = [process.wait() for process in ranks]
-    _report(statuses, files)
+    _report(statuses, files, options.lines)
     # Those that we stopped have negative statuses and say nothing of the cause.
     return max(statuses) or int(any(statuses))
 
@@ -142,14 +158,14 @@ def _environment(rank: int, options: argparse.Namespace, gpus: int) -> dict[str,
     return environment
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> None:
+def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float, grace: float) -> None:
+    """Until all have ended; after a failure the others may report whom they wait for."""
     deadline = time.monotonic() + timeout
+    failed = False
     while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
-        if any(process.poll() for process in ranks):
-            deadline = min(deadline, time.monotonic() + _GRACE_S)
-            while time.monotonic() < deadline and any(p.poll() is None for p in ranks):
-                time.sleep(0.1)
-            return
+        if not failed and any(process.poll() for process in ranks):
+            failed = True
+            deadline = min(deadline, time.monotonic() + grace)
         time.sleep(0.1)
 
 
@@ -162,12 +178,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(patience)
 
 
-def _report(statuses: list[int], files: list[pathlib.Path]) -> None:
+def _report(statuses: list[int], files: list[pathlib.Path], shown_lines: int) -> None:
+    """The end of what every failed rank and rank 0 wrote."""
     for rank, (status, file) in enumerate(zip(statuses, files, strict=True)):
         lines = file.read_text(errors="replace").splitlines()
-        shown = lines[-40:] if status else lines[-3:]
+        count = 40 if status else shown_lines if rank == 0 else 0
         print(f"---- rank {rank}: status {status}")
-        print("\n".join(shown if rank == 0 or status else shown[-1:]))
+        print("\n".join(lines[len(lines) - count :]))
 
 
 @contextlib.contextmanager

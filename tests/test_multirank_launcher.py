@@ -1,0 +1,65 @@
+"""The launcher of multi-rank tests, on programs that need neither JAX nor a GPU."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+LAUNCHER = pathlib.Path(__file__).parent / "gpu" / "multirank.py"
+
+_PROGRAM = """
+import os, sys, time
+rank, ranks = int(os.environ["JAX_DS_TEST_RANK"]), int(os.environ["JAX_DS_TEST_RANKS"])
+print("rank", rank, "of", ranks, "on", os.environ["CUDA_VISIBLE_DEVICES"],
+      "host", os.environ.get("NCCL_HOSTID"), "shared", "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ)
+"""
+
+
+def _run(
+    tmp_path: pathlib.Path, program: str, *options: str, gpus: str = "0,1,2,3"
+) -> subprocess.CompletedProcess[str]:
+    file = tmp_path / "program.py"
+    file.write_text(_PROGRAM + program)
+    command = [sys.executable, str(LAUNCHER), "--logs", str(tmp_path / "logs"), *options]
+    return subprocess.run(
+        [*command, "--", sys.executable, str(file)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_every_rank_has_its_gpu_and_host(tmp_path: pathlib.Path) -> None:
+    result = _run(tmp_path, "", "--ranks", "4", "--nodes", "2")
+    assert result.returncode == 0, result.stderr
+    for rank in range(4):
+        log = (tmp_path / "logs" / f"rank{rank}.txt").read_text().strip()
+        assert log == f"rank {rank} of 4 on {rank} host node{rank // 2} shared False"
+        assert f"---- rank {rank}: status 0" in result.stdout
+
+
+def test_a_failure_ends_the_others_and_is_the_status(tmp_path: pathlib.Path) -> None:
+    start = time.monotonic()
+    program = "time.sleep(40) if rank == 0 else sys.exit(3 * (rank == 1))"
+    result = _run(tmp_path, program, "--ranks", "3", "--grace", "0.5")
+    assert result.returncode == 3
+    assert time.monotonic() - start < 20
+    assert "---- rank 0: status -15" in result.stdout
+    assert "rank 0 of 3" in result.stdout
+
+
+def test_nothing_outlives_the_timeout(tmp_path: pathlib.Path) -> None:
+    start = time.monotonic()
+    program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(40)"
+    result = _run(tmp_path, program, "--ranks", "1", "--timeout", "1")
+    assert result.returncode != 0
+    assert time.monotonic() - start < 20
+    assert "---- rank 0: status -9" in result.stdout
+
+
+def test_without_a_gpu_it_says_so(tmp_path: pathlib.Path) -> None:
+    result = _run(tmp_path, "", gpus="")
+    assert result.returncode == 2
+    assert "no NVIDIA GPU" in result.stderr
