@@ -95,6 +95,10 @@ class Interrupt:
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def release(self) -> None:
+        """From here on Ctrl-C ends the program: everything is saved."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def agreed(self) -> bool:
         """Whether any process was interrupted: all must stop after the same step."""
         if jax.process_count() == 1:
@@ -125,11 +129,10 @@ def start_run(mesh: jax.sharding.Mesh, axis_name: str | tuple[str, ...]) -> Run:
     return run
 
 
-def train(run: Run, data: text.Text) -> tuple[np.ndarray[Any, Any], bool]:
+def train(run: Run, data: text.Text, interrupt: Interrupt) -> tuple[np.ndarray[Any, Any], bool]:
     """Trains to the last step; returns the experts' load over the last steps, and whether
     training ran to its end."""
     step_fn = models.make_train_step(run.config, run.train, run.mesh)
-    interrupt = Interrupt()
     loads: list[np.ndarray[Any, Any]] = []
     bar = tqdm(
         total=run.train.steps,
@@ -157,8 +160,9 @@ def train(run: Run, data: text.Text) -> tuple[np.ndarray[Any, Any], bool]:
             )
             bar.update()
             if interrupt.agreed():
-                return np.sum(loads, axis=0), False
-    return np.sum(loads, axis=0), True
+                return np.array(loads).sum(axis=0), False
+    # Without a step, as where a finished run is resumed, there is no load to tell of.
+    return np.array(loads).sum(axis=0) if loads else np.zeros((0, 0)), True
 
 
 def evaluate(run: Run, data: text.Text) -> tuple[float, float]:
@@ -215,15 +219,18 @@ def main(argv: list[str]) -> None:
             f"{data.held_out.size / 1e6:.1f} MB held out. The first step compiles.",
             flush=True,
         )
-    load, finished = train(run, data)
+    interrupt = Interrupt()
+    load, finished = train(run, data, interrupt)
     run.save()
+    interrupt.release()
     if not finished:
         if main_process:
             print(f"Interrupted after step {len(run.losses)}; saved. Go on with --resume.")
         sys.exit(130)
     held_out, bigram = evaluate(run, data)
     if main_process:
-        print_load(load)
+        if load.size:
+            print_load(load)
         plot(run, held_out, bigram)
         print(
             f"Final training loss {np.mean(run.losses[-10:]):.4f}, held out {held_out:.4f}; "
