@@ -187,7 +187,8 @@ def test_low_latency(precision: str, implementation: str) -> None:
     plain, fast, prepared, stats = jax.jit(
         _sharded(case, mesh, run, params, (tokens, tokens, tokens, jax.P()))
     )(x, params)
-    assert _error(fast, plain) < 0.01
+    # The exchange for training scales by powers of two, the one for decoding does not.
+    assert _error(fast, plain) < (0.06 if precision == "fp8" else 0.01)
     np.testing.assert_array_equal(fast, prepared)
     assert stats.load.sum() == 8 * 4 * case.k
 
