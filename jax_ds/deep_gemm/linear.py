@@ -1,5 +1,7 @@
 """The differentiable products: `fp8_linear`, `fp8_grouped_linear`, `bf16_grouped_gemm`."""
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -51,7 +53,8 @@ def fp8_linear(
     check_rank("w", w, 2)
     _check_contracted("w", w, "x", x)
     check_choice("scale_dtype", scale_dtype, ("float32", "ue8m0"))
-    rows = jnp.reshape(x, (-1, x.shape[-1]))
+    # Not -1: with K = 0 the number of rows would not be known.
+    rows = jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
     y = vjp.linear(rows, jnp.asarray(w), None, scale_dtype, implementation)
     return y.reshape(*x.shape[:-1], w.shape[0])
 

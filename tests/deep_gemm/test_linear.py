@@ -140,6 +140,15 @@ def test_ragged_dot_agrees_with_tiles(name: str) -> None:
     assert cases.error(ragged, tiles) <= 1e-5
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (2, 3, 0), (0, 0)], ids=str)
+def test_empty(shape: tuple[int, ...]) -> None:
+    x, w = jnp.ones(shape, jnp.bfloat16), jnp.ones((16, shape[-1]), jnp.float32)
+    y, pullback = jax.vjp(deep_gemm.fp8_linear, x, w)
+    dx, dw = pullback(jnp.ones_like(y))
+    assert (y.shape, dx.shape, dw.shape) == ((*shape[:-1], 16), shape, w.shape)
+    assert not y.any() and not dw.any()
+
+
 @pytest.mark.parametrize("leading", [(), (1,), (2, 5), (0,)])
 def test_leading_dimensions(leading: tuple[int, ...]) -> None:
     x = jnp.asarray(cases.random(cases.normal, (*leading, 48), 1))
