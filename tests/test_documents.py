@@ -8,6 +8,7 @@ import types
 import pytest
 
 from benchmarks import tables
+from jax_ds._core import settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EXAMPLES = re.findall(
@@ -63,6 +64,15 @@ def test_every_public_name_is_documented(room: str) -> None:
         value = getattr(module, name)
         if isinstance(value, type | types.FunctionType):
             assert (value.__doc__ or "").strip(), f"{room}.{name}"
+
+
+def test_the_readme_has_every_setting() -> None:
+    """The table of the module that reads them, word for word."""
+    table = [line for line in (settings.__doc__ or "").splitlines() if line.startswith("|")]
+    assert "\n".join(table) in (ROOT / "README.md").read_text()
+    reader = (ROOT / "jax_ds" / "_core" / "settings.py").read_text()
+    variables = set(re.findall(r'"(JAX_DS_\w+)"', reader))
+    assert variables == set(re.findall(r"JAX_DS_\w+", "\n".join(table)))
 
 
 def test_the_index_lists_every_document() -> None:
