@@ -74,7 +74,7 @@ def _why_not_hopper(*, aot: bool) -> str | None:
         hopper = any(chip in name for chip in ("H100", "H200", "H800", "H20", "GH200"))
         return None if hopper else f"the mesh's devices are {name}, not Hopper"
     try:
-        gpus = jax.local_devices(backend="cuda")
+        gpus = jax.devices("cuda")  # of every process: all must choose alike
     except RuntimeError:
         return None if aot else "no NVIDIA GPU is visible to JAX (jax[cuda13] not installed?)"
     others = {d.device_kind for d in gpus if getattr(d, "compute_capability", "") != _HOPPER}

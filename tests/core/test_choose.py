@@ -39,11 +39,11 @@ def _lowered(function: Callable[..., Any], *args: Any, platform: str = "cuda") -
 
 
 def _gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: str) -> None:
-    """Pretends that this process has GPUs of these compute capabilities."""
+    """Pretends that the program has GPUs of these compute capabilities."""
     devices = [
         types.SimpleNamespace(device_kind=f"GPU {c}", compute_capability=c) for c in capabilities
     ]
-    monkeypatch.setattr(chooser.jax, "local_devices", lambda backend: devices)
+    monkeypatch.setattr(chooser.jax, "devices", lambda backend: devices)
 
 
 def test_portable_on_cpu() -> None:
