@@ -1,1 +1,1 @@
-"""What every room needs and nothing else: argument checks and settings."""
+"""What every room needs and nothing else: checks of arguments, groups of rows, settings."""

@@ -67,6 +67,14 @@ def check_integer(argument: str, value: Any) -> int:
     return int(value)
 
 
+def known_values(x: Any) -> np.ndarray[Any, Any] | None:
+    """The values of an array, where this process knows them while tracing; None elsewhere."""
+    known = isinstance(x, np.ndarray) or (
+        isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
+    )
+    return np.asarray(x) if known else None
+
+
 def check_axis(argument: str, axis_name: str | tuple[str, ...]) -> int:
     """Requires mesh axes that are manual here (inside `jax.shard_map`); returns their size."""
     try:

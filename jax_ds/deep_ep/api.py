@@ -28,12 +28,14 @@ from jax_ds._core.checks import (
     fail,
     format_shape,
 )
+from jax_ds._core.gradients import without_gradient
 from jax_ds._runtime.choose import Implementation
 from jax_ds._runtime.varying import to_varying, varying_axes
 from jax_ds.deep_ep import calls, vjp
 from jax_ds.deep_ep.calls import Options
 from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes
-from jax_ds.quantization import Quantized, check_quantized, without_gradient
+from jax_ds.quantization import Quantized
+from jax_ds.quantization.types import check_quantized
 
 MAX_INDEX = 2**31 - 1
 

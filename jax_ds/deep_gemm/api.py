@@ -28,14 +28,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_ds._core.checks import check, check_choice, check_dtype, check_rank, check_shape
+from jax_ds._core.gradients import without_gradient
+from jax_ds._core.groups import check_group_sizes
 from jax_ds._runtime.choose import Implementation, choose
 from jax_ds.deep_gemm import ffi, xla
-from jax_ds.quantization import (
-    Quantized,
-    check_group_sizes,
-    check_quantized,
-    without_gradient,
-)
+from jax_ds.quantization import Quantized
+from jax_ds.quantization.types import check_quantized
 
 _ROW_BLOCK = (1, 128)
 _SQUARE_BLOCK = (128, 128)

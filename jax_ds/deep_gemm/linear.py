@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_ds._core.checks import check, check_choice, check_dtype, check_rank, format_shape
+from jax_ds._core.groups import check_group_sizes
 from jax_ds._runtime.choose import Implementation, choose
 from jax_ds.deep_gemm import vjp
-from jax_ds.quantization import ScaleDtype, check_group_sizes
+from jax_ds.quantization import ScaleDtype
 
 
 def fp8_linear(

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jax_ds._core.groups import group_bounds
 from jax_ds._runtime.choose import Implementation
 from jax_ds._runtime.varying import match_primal, to_varying, varying_axes
 from jax_ds.deep_gemm import api, xla
 from jax_ds.quantization import (
     Quantized,
     ScaleDtype,
-    group_bounds,
     quantize_1x128,
     quantize_1x128_both,
     quantize_128x128,

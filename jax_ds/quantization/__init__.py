@@ -1,7 +1,7 @@
 """Fine-grained FP8 quantization (DeepSeek-V3): values in e4m3fn, one float32 scale per block."""
 
+from jax_ds._core.groups import padded_tokens
 from jax_ds.quantization.api import (
-    check_quantized,
     dequantize,
     quantize_1x128,
     quantize_1x128_both,
@@ -10,24 +10,13 @@ from jax_ds.quantization.api import (
     swiglu_quantize_1x128,
     swiglu_quantize_1x128_both,
 )
-from jax_ds.quantization.groups import (
-    check_group_sizes,
-    group_bounds,
-    padded_starts,
-    padded_tokens,
-)
 from jax_ds.quantization.types import Quantized
-from jax_ds.quantization.vjp import without_gradient
 from jax_ds.quantization.xla import ScaleDtype
 
 __all__ = [
     "Quantized",
     "ScaleDtype",
-    "check_group_sizes",
-    "check_quantized",
     "dequantize",
-    "group_bounds",
-    "padded_starts",
     "padded_tokens",
     "quantize_1x128",
     "quantize_1x128_both",
@@ -35,5 +24,4 @@ __all__ = [
     "quantize_128x128_both",
     "swiglu_quantize_1x128",
     "swiglu_quantize_1x128_both",
-    "without_gradient",
 ]

@@ -30,15 +30,13 @@ from jax_ds._core.checks import (
     check_choice,
     check_dtype,
     check_rank,
-    check_shape,
-    fail,
     format_shape,
 )
+from jax_ds._core.gradients import without_gradient
+from jax_ds._core.groups import check_group_sizes
 from jax_ds._runtime.choose import Implementation, choose
 from jax_ds.quantization import ffi, xla
-from jax_ds.quantization.groups import check_group_sizes
-from jax_ds.quantization.types import VALUES_DTYPE, Quantized, num_blocks
-from jax_ds.quantization.vjp import without_gradient
+from jax_ds.quantization.types import Quantized, check_quantized
 from jax_ds.quantization.xla import ScaleDtype
 
 _INSTEAD = "use deep_gemm.fp8_linear, or apply jax.lax.stop_gradient to the operand"
@@ -264,27 +262,6 @@ def dequantize(q: Quantized) -> Float[Array, "..."]:
     """
     check_quantized("q", q)
     return without_gradient("dequantize", _INSTEAD, xla.dequantize, q)
-
-
-def check_quantized(argument: str, q: Quantized, block: tuple[int, int] | None = None) -> None:
-    """Checks the dtypes of a Quantized and the shape of its scales, for `block` or either block."""
-    if not isinstance(q, Quantized):
-        raise TypeError(f"{argument}: must be a Quantized, got {type(q).__name__}")
-    check_dtype(f"{argument}.values", q.values, VALUES_DTYPE)
-    check_dtype(f"{argument}.scales", q.scales, jnp.float32)
-    check(q.ndim >= 1, f"{argument}.values", "must have at least 1 dimension", "shape []")
-    *lead, k = q.shape
-    per_row = (*lead, num_blocks(k))
-    square = (*lead[:-1], num_blocks(lead[-1]), num_blocks(k)) if lead else per_row
-    if block is not None:
-        letters = "... R ceil(C/128)" if block[0] == 1 else "... ceil(R/128) ceil(C/128)"
-        expected = per_row if block[0] == 1 else square
-        check_shape(f"{argument}.scales", q.scales, expected, letters)
-    elif q.scales.shape not in (per_row, square):
-        rule = (
-            f"must have shape {format_shape(per_row)} (1x128) or {format_shape(square)} (128x128)"
-        )
-        fail(f"{argument}.scales", rule, format_shape(q.scales.shape))
 
 
 def _run(

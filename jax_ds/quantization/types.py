@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_ds._core.checks import check, check_dtype, check_shape, fail, format_shape
+
 BLOCK = 128
+VALUES_DTYPE = jnp.float8_e4m3fn
 
 
 @jax.tree_util.register_dataclass
@@ -53,4 +56,22 @@ def num_blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
-VALUES_DTYPE = jnp.float8_e4m3fn
+def check_quantized(argument: str, q: Quantized, block: tuple[int, int] | None = None) -> None:
+    """Checks the dtypes of a Quantized and the shape of its scales, for `block` or either block."""
+    if not isinstance(q, Quantized):
+        raise TypeError(f"{argument}: must be a Quantized, got {type(q).__name__}")
+    check_dtype(f"{argument}.values", q.values, VALUES_DTYPE)
+    check_dtype(f"{argument}.scales", q.scales, jnp.float32)
+    check(q.ndim >= 1, f"{argument}.values", "must have at least 1 dimension", "shape []")
+    *lead, k = q.shape
+    per_row = (*lead, num_blocks(k))
+    square = (*lead[:-1], num_blocks(lead[-1]), num_blocks(k)) if lead else per_row
+    if block is not None:
+        letters = "... R ceil(C/128)" if block[0] == 1 else "... ceil(R/128) ceil(C/128)"
+        expected = per_row if block[0] == 1 else square
+        check_shape(f"{argument}.scales", q.scales, expected, letters)
+    elif q.scales.shape not in (per_row, square):
+        rule = (
+            f"must have shape {format_shape(per_row)} (1x128) or {format_shape(square)} (128x128)"
+        )
+        fail(f"{argument}.scales", rule, format_shape(q.scales.shape))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ds import quantization
+from jax_ds._core.groups import group_bounds
 from jax_ds.quantization import padded_tokens, reference
 from tests.quantization import cases
 
@@ -72,7 +73,7 @@ def test_padded_tokens_hold_every_split(sizes: list[int]) -> None:
     sizes=st.lists(st.integers(-5, 300), min_size=1, max_size=8), m=st.integers(0, 200)
 )
 def test_group_bounds_stay_inside(sizes: list[int], m: int) -> None:
-    starts, ends = quantization.group_bounds(jnp.asarray(sizes, jnp.int32), m)
+    starts, ends = group_bounds(jnp.asarray(sizes, jnp.int32), m)
     position = 0
     for size, start, end in zip(sizes, starts.tolist(), ends.tolist(), strict=True):
         assert start == position
@@ -82,6 +83,6 @@ def test_group_bounds_stay_inside(sizes: list[int], m: int) -> None:
 
 def test_group_bounds_do_not_overflow() -> None:
     sizes = jnp.full((5,), 2**31 - 1, jnp.int32)
-    starts, ends = quantization.group_bounds(sizes, 2**31 - 1)
+    starts, ends = group_bounds(sizes, 2**31 - 1)
     assert starts.tolist() == [0] + [2**31 - 1] * 4
     assert ends.tolist() == [2**31 - 1] * 5

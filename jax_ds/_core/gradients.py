@@ -1,4 +1,4 @@
-"""Quantized values carry no gradient: differentiating through one is an error, never a guess."""
+"""FP8 values carry no gradient: differentiating through one is an error, never a guess."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn

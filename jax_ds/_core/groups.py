@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jax_ds._core.checks import check, check_dtype, check_shape
-from jax_ds.quantization.types import BLOCK
+from jax_ds._core.checks import check, check_dtype, check_shape, known_values
+
+# Tokens of a block of quantized columns.
+BLOCK = 128
 
 
 def padded_tokens(num_rows: int, num_groups: int = 1) -> int:
@@ -54,14 +56,10 @@ def check_group_sizes(
     check_dtype("group_sizes", group_sizes, jnp.int32)
     check_shape("group_sizes", group_sizes, (num_groups,), "G")
     check(group_sizes.shape[0] > 0, "group_sizes", "must have at least one group", "none")
-    known = isinstance(group_sizes, np.ndarray) or (
-        isinstance(group_sizes, jax.Array)
-        and not isinstance(group_sizes, jax.core.Tracer)
-        and group_sizes.is_fully_addressable
-    )
-    if not known:
+    sizes = known_values(group_sizes)
+    if sizes is None:
         return
-    sizes = np.asarray(group_sizes, np.int64)
+    sizes = sizes.astype(np.int64)
     check(bool(sizes.min() >= 0), "group_sizes", "must not be negative", int(sizes.min()))
     if masked:
         rule = f"every size must be at most M = {num_rows}"
