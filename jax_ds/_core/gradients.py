@@ -5,8 +5,12 @@ from typing import Any, NoReturn
 
 import jax
 
+FP8 = "a cotangent cannot cross FP8 values"
 
-def without_gradient(op: str, instead: str, function: Callable[..., Any], *operands: Any) -> Any:
+
+def without_gradient(
+    op: str, instead: str, function: Callable[..., Any], *operands: Any, why: str = FP8
+) -> Any:
     """`function(*operands)`, whose differentiation raises a TypeError.
 
     Differentiated as it stands, XLA would round the cotangent to FP8 at the first conversion.
@@ -14,7 +18,7 @@ def without_gradient(op: str, instead: str, function: Callable[..., Any], *opera
     """
 
     def refuse(*_: Any) -> NoReturn:
-        raise TypeError(f"{op}: not differentiable, a cotangent cannot cross FP8 values; {instead}")
+        raise TypeError(f"{op}: not differentiable, {why}; {instead}")
 
     call = jax.custom_vjp(function)
     call.defvjp(refuse, refuse)

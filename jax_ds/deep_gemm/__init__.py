@@ -8,10 +8,16 @@ from jax_ds.deep_gemm.api import (
     fp8_wgrad,
 )
 from jax_ds.deep_gemm.explain import explain
-from jax_ds.deep_gemm.linear import bf16_grouped_gemm, fp8_grouped_linear, fp8_linear
+from jax_ds.deep_gemm.linear import (
+    bf16_grouped_gemm,
+    bf16_masked_gemm,
+    fp8_grouped_linear,
+    fp8_linear,
+)
 
 __all__ = [
     "bf16_grouped_gemm",
+    "bf16_masked_gemm",
     "explain",
     "fp8_gemm",
     "fp8_grouped_gemm",

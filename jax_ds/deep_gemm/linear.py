@@ -1,4 +1,4 @@
-"""The differentiable products: `fp8_linear`, `fp8_grouped_linear`, `bf16_grouped_gemm`."""
+"""The products of unquantized operands: those with gradients, and `bf16_masked_gemm`."""
 
 import math
 
@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_ds._core.checks import check, check_choice, check_dtype, check_rank, format_shape
+from jax_ds._core.gradients import without_gradient
 from jax_ds._core.groups import check_group_sizes
 from jax_ds._runtime.choose import Implementation, choose
-from jax_ds.deep_gemm import vjp
+from jax_ds.deep_gemm import vjp, xla
 from jax_ds.quantization import ScaleDtype
 
 
@@ -126,6 +127,55 @@ def bf16_grouped_gemm(
     _check_grouped("lhs", lhs, "rhs", rhs, group_sizes)
     operands = (jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(group_sizes))
     return choose("bf16_grouped_gemm", implementation, operands, xla=vjp.bf16_grouped, cuda=None)
+
+
+def bf16_masked_gemm(
+    lhs: Float[Array, "G M K"],
+    rhs: Float[Array, "G N K"],
+    group_sizes: Int[Array, "G"],
+    *,
+    implementation: Implementation = None,
+) -> Float[Array, "G M N"]:
+    """`out[g, i] = lhs[g, i] @ rhs[g].T` for `i < group_sizes[g]`, in bfloat16.
+
+    The unquantized counterpart of `fp8_masked_gemm`, for decoding. Operands are rounded to
+    bfloat16, sums run in float32, and the result is rounded to bfloat16. Rows from
+    `group_sizes[g]` on are not read, NaN included; their results are zero. The work is that of
+    the valid rows, in tiles of 64.
+
+    Args:
+      lhs: bfloat16 or float32 `[G, M, K]`.
+      rhs: bfloat16 or float32 `[G, N, K]`.
+      group_sizes: int32 `[G]`, valid rows of each group, at most M (more counts as M).
+      implementation: None or "xla"; there is no kernel of ours.
+
+    Returns:
+      `[G, M, N]` in lhs's dtype.
+
+    Raises:
+      ValueError, TypeError: for shapes or dtypes against these rules, for sizes known while
+        tracing that are negative or exceed M, or where differentiated.
+      NotImplementedError: for "cuda".
+    """
+    for name, x in (("lhs", lhs), ("rhs", rhs)):
+        check_dtype(name, x, jnp.bfloat16, jnp.float32)
+        check_rank(name, x, 3)
+    _check_contracted("rhs", rhs, "lhs", lhs)
+    rule = "must have as many groups as lhs"
+    check(rhs.shape[0] == lhs.shape[0], "rhs", rule, f"{rhs.shape[0]} and {lhs.shape[0]}")
+    check_group_sizes(group_sizes, rhs.shape[0], lhs.shape[1], masked=True)
+
+    def portable(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+        operands = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
+        return xla.bf16_masked_gemm(*operands, group_sizes).astype(lhs.dtype)
+
+    def chosen(*operands: Array) -> Array:
+        out: Array = choose("bf16_masked_gemm", implementation, operands, xla=portable, cuda=None)
+        return out
+
+    operands = (jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(group_sizes))
+    why, instead = "it is made for decoding", "use bf16_grouped_gemm"
+    return without_gradient("bf16_masked_gemm", instead, chosen, *operands, why=why)
 
 
 def _check_grouped(

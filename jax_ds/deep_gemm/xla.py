@@ -46,11 +46,8 @@ def masked_gemm(
     """As `grouped_gemm`, where every group has M rows of its own of which the first count."""
     num_groups, m, k = lhs.shape
     flat = Quantized(lhs.values.reshape(-1, k), lhs.scales.reshape(num_groups * m, -1))
-    starts = jnp.arange(num_groups, dtype=jnp.int32) * m
-    ends = starts + jnp.clip(group_sizes, 0, m)
-    # Capacities are far larger than counts: small tiles.
-    out = _tiled_gemm(flat, rhs, starts, ends, min(m, 64), out_dtype)
-    return out.reshape(num_groups, m, -1)
+    starts, ends, rows = _masked_bounds(group_sizes, m)
+    return _tiled_gemm(flat, rhs, starts, ends, rows, out_dtype).reshape(num_groups, m, -1)
 
 
 def wgrad(
@@ -99,16 +96,17 @@ def bf16_grouped_gemm(
     """The unquantized grouped product in tiles of rows."""
     m, num_groups = lhs.shape[0], rhs.shape[0]
     starts, ends = group_bounds(group_sizes, m)
+    return _bf16_tiled_gemm(lhs, rhs, starts, ends, _tile_rows(m, num_groups))
 
-    def tile(row: Int[Array, ""], rows: int, group: Int[Array, ""]) -> Float[Array, "T N"]:
-        return _dot(
-            jax.lax.dynamic_slice_in_dim(lhs, row, rows),
-            jax.lax.dynamic_index_in_dim(rhs, group, keepdims=False),
-        )
 
-    out = jnp.zeros((m, rhs.shape[1]), jnp.bfloat16)
-    out = to_varying(out, varying_axes(lhs, rhs, group_sizes))
-    return _store_tiles(out, starts, ends, _tile_rows(m, num_groups), tile)
+def bf16_masked_gemm(
+    lhs: BFloat16[Array, "G M K"], rhs: BFloat16[Array, "G N K"], group_sizes: Int[Array, "G"]
+) -> BFloat16[Array, "G M N"]:
+    """As `bf16_grouped_gemm`, where every group has M rows of its own of which the first count."""
+    num_groups, m, k = lhs.shape
+    starts, ends, rows = _masked_bounds(group_sizes, m)
+    flat = lhs.reshape(num_groups * m, k)
+    return _bf16_tiled_gemm(flat, rhs, starts, ends, rows).reshape(num_groups, m, -1)
 
 
 def bf16_grouped_wgrad(
@@ -168,6 +166,33 @@ def ragged_wgrad(
     return jax.lax.ragged_dot_general(
         dy, x, ends - starts, dims, preferred_element_type=jnp.float32
     )
+
+
+def _masked_bounds(
+    group_sizes: Int[Array, "G"], m: int
+) -> tuple[Int[Array, "G"], Int[Array, "G"], int]:
+    """First row and one past the last of every group among `G * M` rows, and rows of a tile."""
+    starts = jnp.arange(group_sizes.shape[0], dtype=jnp.int32) * m
+    # Capacities are far larger than counts: small tiles.
+    return starts, starts + jnp.clip(group_sizes, 0, m), min(m, 64)
+
+
+def _bf16_tiled_gemm(
+    lhs: BFloat16[Array, "M K"],
+    rhs: BFloat16[Array, "G N K"],
+    starts: Int[Array, "G"],
+    ends: Int[Array, "G"],
+    rows: int,
+) -> BFloat16[Array, "M N"]:
+    def tile(row: Int[Array, ""], rows: int, group: Int[Array, ""]) -> Float[Array, "T N"]:
+        return _dot(
+            jax.lax.dynamic_slice_in_dim(lhs, row, rows),
+            jax.lax.dynamic_index_in_dim(rhs, group, keepdims=False),
+        )
+
+    out = jnp.zeros((lhs.shape[0], rhs.shape[1]), jnp.bfloat16)
+    out = to_varying(out, varying_axes(lhs, rhs, starts, ends))
+    return _store_tiles(out, starts, ends, rows, tile)
 
 
 def _tiled_gemm(

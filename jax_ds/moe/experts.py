@@ -84,8 +84,8 @@ def low_latency(
     else:
         assert not isinstance(gate_up, Quantized)
         assert not isinstance(down, Quantized)
-        hidden = jnp.einsum("emk,enk->emn", rows, gate_up.astype(x.dtype))
-        out = jnp.einsum("emk,enk->emn", swiglu(hidden), down.astype(x.dtype))
+        hidden = deep_gemm.bf16_masked_gemm(rows, gate_up, sizes, implementation=impl)
+        out = deep_gemm.bf16_masked_gemm(swiglu(hidden), down, sizes, implementation=impl)
     return deep_ep.low_latency_combine(out, handle, weights, implementation=impl)
 
 

@@ -1,5 +1,6 @@
 """Every implementation of the products of quantized operands against the equations."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,14 @@ def _masked_operands(case: GroupedCase) -> tuple[Quantized, Quantized]:
     rhs = cases.quantized_weights(case, (groups, case.n, case.k), 2)
     used = np.arange(case.m)[None, :] < np.asarray(case.group_sizes)[:, None]
     return cases.poisoned(lhs, used), rhs
+
+
+def _bf16_masked_operands(case: GroupedCase) -> tuple[jax.Array, jax.Array]:
+    groups = len(case.group_sizes)
+    lhs = cases.random(case.draw, (groups, case.m, case.k), 1)
+    lhs[np.arange(case.m)[None, :] >= np.asarray(case.group_sizes)[:, None]] = np.nan
+    rhs = cases.random(case.draw, (groups, case.n, case.k), 2)
+    return jnp.asarray(lhs), jnp.asarray(rhs)
 
 
 def _columns(case: GroupedCase) -> tuple[Quantized, Quantized]:
@@ -112,6 +121,43 @@ def test_masked_gemm(case: GroupedCase, implementation: str) -> None:
         assert not np.asarray(actual[g, size:]).any()
 
 
+@masked_cases
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_bf16_masked_gemm(case: GroupedCase, dtype: Any) -> None:
+    lhs, rhs = _bf16_masked_operands(case)
+    actual = jax.jit(deep_gemm.bf16_masked_gemm)(lhs.astype(dtype), rhs, case.sizes)
+    assert actual.dtype == dtype
+    used = np.arange(case.m)[None, :, None] < np.asarray(case.group_sizes)[:, None, None]
+    rows = np.where(used, lhs, 0).astype(np.float32)
+    expected = np.einsum("gmk,gnk->gmn", rows, np.asarray(rhs, np.float32))
+    assert np.isfinite(np.asarray(actual, np.float32)).all()
+    assert cases.error(actual, expected) <= 4e-3
+    assert not np.where(used, 0, actual).any()
+
+
+def test_bf16_masked_gemm_cuts_sizes_off() -> None:
+    """Known only on the device, they must not reach into a neighbour's rows."""
+    lhs, rhs = jnp.ones((2, 5, 16)), jnp.ones((2, 8, 16))
+    run = jax.jit(deep_gemm.bf16_masked_gemm)
+    beyond = run(lhs, rhs, jnp.asarray([2**31 - 1, -3], jnp.int32))
+    np.testing.assert_array_equal(beyond, run(lhs, rhs, jnp.asarray([5, 0], jnp.int32)))
+    assert beyond[0].all() and not beyond[1].any()
+
+
+def test_bf16_masked_gemm_does_the_work_of_its_rows() -> None:
+    """No product over all rows of all experts: the tiles are a loop with a bound on the device."""
+    lhs, rhs = jnp.ones((4, 256, 16), jnp.bfloat16), jnp.ones((4, 8, 16), jnp.bfloat16)
+    text = jax.jit(deep_gemm.bf16_masked_gemm).lower(lhs, rhs, jnp.ones(4, jnp.int32)).as_text()
+    assert re.findall(r"dot_general.*-> tensor<(\S+)>", text) == ["64x8xf32"]
+
+
+def test_bf16_masked_gradient_is_refused() -> None:
+    lhs, rhs = jnp.ones((2, 5, 16)), jnp.ones((2, 8, 16))
+    message = "bf16_masked_gemm: not differentiable, it is made for decoding; use bf16_grouped_gemm"
+    with pytest.raises(TypeError, match=message):
+        jax.grad(lambda x: deep_gemm.bf16_masked_gemm(x, rhs, PAIR[0].sizes * 0).sum())(lhs)
+
+
 @implementations
 @gemm_cases
 @pytest.mark.parametrize("accumulate", [False, True], ids=["fresh", "accumulate"])
@@ -171,10 +217,16 @@ def test_sizes_beyond_the_rows_are_cut_off(implementation: str) -> None:
     np.testing.assert_array_equal(negative, run(jnp.asarray([20, 0, 10], jnp.int32)))
 
 
+def _bf16_masked(*operands: Any, implementation: str) -> jax.Array:
+    """There is no kernel: on a GPU too, the portable product."""
+    return deep_gemm.bf16_masked_gemm(*operands, implementation="xla")
+
+
 PRODUCTS: dict[str, tuple[Callable[..., jax.Array], Callable[[GroupedCase], tuple[Any, ...]]]] = {
     "fp8_grouped_gemm": (deep_gemm.fp8_grouped_gemm, _grouped_operands),
     "fp8_masked_gemm": (deep_gemm.fp8_masked_gemm, _masked_operands),
     "fp8_grouped_wgrad": (deep_gemm.fp8_grouped_wgrad, _columns),
+    "bf16_masked_gemm": (_bf16_masked, _bf16_masked_operands),
 }
 products = pytest.mark.parametrize("name", PRODUCTS)
 PAIR = (GroupedCase("pair", (3, 30), 40), GroupedCase("pair", (40, 0), 40))
@@ -222,7 +274,7 @@ def test_shard_map(name: str, kind: AxisType, check_vma: bool, implementation: s
 
 
 @implementations
-@products
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if name.startswith("fp8")])
 def test_gradient_is_refused(name: str, implementation: str) -> None:
     product, make = PRODUCTS[name]
     first, second = make(PAIR[0])

@@ -198,6 +198,42 @@ ERRORS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], typ
         ValueError,
         "rhs: must have 3 dimensions, got shape [300, 200]",
     ),
+    "rank of masked lhs": (
+        deep_gemm.bf16_masked_gemm,
+        (_array(5, 200), _array(2, 300, 200), SIZES),
+        {},
+        ValueError,
+        "lhs: must have 3 dimensions, got shape [5, 200]",
+    ),
+    "dtype of masked rhs": (
+        deep_gemm.bf16_masked_gemm,
+        (_array(2, 5, 200), _array(2, 300, 200, dtype=jnp.float16), SIZES),
+        {},
+        TypeError,
+        "rhs: dtype must be bfloat16 or float32, got float16",
+    ),
+    "contracted dimension of masked rhs": (
+        deep_gemm.bf16_masked_gemm,
+        (_array(2, 5, 200), _array(2, 200, 300), SIZES),
+        {},
+        ValueError,
+        "rhs: last dimension must be lhs's K, got 300 and 200",
+    ),
+    "groups of masked rhs": (
+        deep_gemm.bf16_masked_gemm,
+        (_array(3, 5, 200), _array(2, 300, 200), SIZES),
+        {},
+        ValueError,
+        "rhs: must have as many groups as lhs, got 2 and 3",
+    ),
+    "a masked kernel for bfloat16": (
+        deep_gemm.bf16_masked_gemm,
+        (_array(2, 5, 200), _array(2, 300, 200), SIZES),
+        {"implementation": "cuda"},
+        NotImplementedError,
+        "bf16_masked_gemm: implementation='cuda' cannot run here, bf16_masked_gemm has no CUDA "
+        "kernel; use implementation=None or 'xla'",
+    ),
     "a kernel for bfloat16": (
         deep_gemm.bf16_grouped_gemm,
         (_array(5, 200), _array(2, 300, 200), SIZES),
@@ -237,4 +273,9 @@ def test_masked_sizes_known_while_tracing() -> None:
     rhs = Quantized(jnp.ones((2, 8, 16), jnp.float8_e4m3fn), jnp.ones((2, 1, 1)))
     with pytest.raises(ValueError) as caught:
         deep_gemm.fp8_masked_gemm(lhs, rhs, jnp.asarray([5, 6], jnp.int32))
+    assert str(caught.value) == "group_sizes: every size must be at most M = 5, got 6"
+    with pytest.raises(ValueError) as caught:
+        deep_gemm.bf16_masked_gemm(
+            jnp.ones((2, 5, 16)), jnp.ones((2, 8, 16)), jnp.asarray([5, 6], jnp.int32)
+        )
     assert str(caught.value) == "group_sizes: every size must be at most M = 5, got 6"
