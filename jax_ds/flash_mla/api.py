@@ -6,21 +6,34 @@ of the longest sequence.
 """
 
 import functools
-import math
-import numbers
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_ds._core.checks import check, check_dtype, check_integer, check_rank, check_shape
+from jax_ds._core.checks import (
+    check,
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_rank,
+    check_shape,
+)
 from jax_ds._runtime.choose import Implementation, choose
 from jax_ds.flash_mla import ffi, vjp, xla
-from jax_ds.flash_mla.config import DecodeConfig, PrefillConfig
-
-PAGE_SIZES = (16, 32, 64, 128)
-_FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+from jax_ds.flash_mla.checks import (
+    FLOATS,
+    check_cache,
+    check_heads,
+    check_packing,
+    check_same_dtype,
+    resolve_scale,
+)
+from jax_ds.flash_mla.config import (
+    DecodeConfig,
+    PrefillConfig,
+    PrefillOperands,
+    PrefillResiduals,
+)
 
 
 def decode(
@@ -81,11 +94,11 @@ def decode(
     FlashAttention (arXiv 2205.14135).
     """
     check_rank("q", q, 4)
-    check_dtype("q", q, *_FLOATS)
+    check_dtype("q", q, *FLOATS)
     batch, _, _, width = q.shape
-    _check_cache(kv_pages, page_table, seq_lens, batch)
+    check_cache(kv_pages, page_table, seq_lens, batch)
     check_shape("kv_pages", kv_pages, (None, None, width), "P L D")
-    _check_same_dtype("kv_pages", kv_pages, "q", q)
+    check_same_dtype("kv_pages", kv_pages, "q", q)
     value_dim = check_integer("value_dim", value_dim)
     check(
         1 <= value_dim <= width,
@@ -93,8 +106,10 @@ def decode(
         f"must be an integer from 1 to D = {width}",
         value_dim,
     )
+    check_choice("causal", causal, (True, False))
+    check_choice("return_lse", return_lse, (True, False))
     config = DecodeConfig(
-        scale=_scale(scale, width),
+        scale=resolve_scale(scale, width),
         causal=bool(causal),
         value_dim=value_dim,
         implementation=implementation,
@@ -180,10 +195,10 @@ def append(
     Source: the paged cache of vLLM (arXiv 2309.06180) in the layout of FlashMLA.
     """
     check_rank("kv", kv, 3)
-    check_dtype("kv", kv, *_FLOATS)
-    _check_cache(kv_pages, page_table, seq_lens, kv.shape[0])
+    check_dtype("kv", kv, *FLOATS)
+    check_cache(kv_pages, page_table, seq_lens, kv.shape[0])
     check_shape("kv_pages", kv_pages, (None, None, kv.shape[2]), "P L D")
-    _check_same_dtype("kv_pages", kv_pages, "kv", kv)
+    check_same_dtype("kv_pages", kv_pages, "kv", kv)
     return vjp.append(_APPEND, implementation, kv_pages, kv, page_table, seq_lens)
 
 
@@ -238,17 +253,21 @@ def prefill(
       out [B, Sq, H, V] in the dtype of q, or `(out, lse)`.
 
     Raises:
-      ValueError, TypeError: an argument of wrong shape, dtype or value.
+      ValueError, TypeError: an argument of wrong shape, dtype or value; offsets known while
+        tracing that decrease or leave the array.
       NotImplementedError: `implementation="cuda"` where the kernel cannot run.
 
     Source: FlashAttention-2 (arXiv 2307.08691); heads as in DeepSeek-V2 (arXiv 2405.04434).
     """
-    _check_heads(q, k, v, k_rope)
-    cu_seqlens_k = _check_packing(q, k, cu_seqlens_q, cu_seqlens_k)
+    check_heads(q, k, v, k_rope)
+    cu_seqlens_k = check_packing(q, k, cu_seqlens_q, cu_seqlens_k)
+    check_choice("causal", causal, (True, False))
+    check_choice("return_lse", return_lse, (True, False))
     config = PrefillConfig(
-        scale=_scale(scale, q.shape[3]), causal=bool(causal), implementation=implementation
+        scale=resolve_scale(scale, q.shape[3]), causal=bool(causal), implementation=implementation
     )
-    out, lse = vjp.prefill(_PREFILL, config, q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
+    operands = PrefillOperands(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
+    out, lse = vjp.prefill(_PREFILL, config, operands)
     return (out, lse) if return_lse else out
 
 
@@ -275,108 +294,28 @@ def _append_forward(implementation: Implementation, *operands: Any) -> Any:
     )
 
 
-def _prefill_forward(config: PrefillConfig, *operands: Any) -> Any:
-    q, _, v, k_rope, cu_seqlens_q, _ = operands
+def _prefill_forward(config: PrefillConfig, operands: PrefillOperands) -> Any:
     return choose(
         "flash_mla.prefill",
         config.implementation,
-        operands,
+        (operands,),
         xla=functools.partial(xla.prefill, config),
         cuda=functools.partial(ffi.prefill, config),
-        unsupported=ffi.prefill_unsupported(q, v, k_rope, cu_seqlens_q),
+        unsupported=ffi.prefill_unsupported(operands),
     )
 
 
-def _prefill_backward(config: PrefillConfig, *operands: Any) -> Any:
-    q, _, v, k_rope, cu_seqlens_q, *_ = operands
+def _prefill_backward(config: PrefillConfig, residuals: PrefillResiduals, *cotangents: Any) -> Any:
     return choose(
         "flash_mla.prefill's gradient",
         config.implementation,
-        operands,
+        (residuals, *cotangents),
         xla=functools.partial(xla.prefill_backward, config),
         cuda=functools.partial(ffi.prefill_backward, config),
-        unsupported=ffi.prefill_unsupported(q, v, k_rope, cu_seqlens_q),
+        unsupported=ffi.prefill_unsupported(residuals.operands),
     )
 
 
 _DECODE = vjp.Rule(_decode_forward, xla.decode_backward)
 _APPEND = vjp.Rule(_append_forward, xla.append_backward)
 _PREFILL = vjp.Rule(_prefill_forward, _prefill_backward)
-
-
-def _scale(scale: float | None, width: int) -> float:
-    check(width > 0, "q", "last dimension must be positive", width)
-    if scale is None:
-        return float(width**-0.5)
-    valid = isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0
-    check(valid, "scale", "must be a positive finite number", repr(scale))
-    return float(scale)
-
-
-def _check_cache(
-    kv_pages: jax.Array, page_table: jax.Array, seq_lens: jax.Array, batch: int
-) -> None:
-    check_rank("kv_pages", kv_pages, 3)
-    check_dtype("kv_pages", kv_pages, *_FLOATS)
-    page_size = kv_pages.shape[1]
-    check(page_size in PAGE_SIZES, "kv_pages", "page size must be 16, 32, 64 or 128", page_size)
-    check_dtype("page_table", page_table, jnp.int32)
-    check_shape("page_table", page_table, (batch, None), "B N")
-    check_dtype("seq_lens", seq_lens, jnp.int32)
-    check_shape("seq_lens", seq_lens, (batch,), "B")
-
-
-def _check_same_dtype(argument: str, x: jax.Array, other: str, like: jax.Array) -> None:
-    if x.dtype != like.dtype:
-        raise TypeError(
-            f"{argument}: dtype must be {other}'s, {like.dtype.name}, got {x.dtype.name}"
-        )
-
-
-def _check_heads(q: jax.Array, k: jax.Array, v: jax.Array, k_rope: jax.Array | None) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_rank(name, x, 4)
-    check_dtype("q", q, *_FLOATS)
-    batch, _, heads, width = q.shape
-    rope = 0
-    if k_rope is not None:
-        check_rank("k_rope", k_rope, 4)
-        rope = k_rope.shape[3]
-        check(0 < rope < width, "k_rope", f"width must be positive and below q's {width}", rope)
-        check_shape("k_rope", k_rope, (batch, k.shape[1], 1, None), "B Sk 1 Dr")
-        _check_same_dtype("k_rope", k_rope, "q", q)
-    check_shape(
-        "k", k, (batch, None, None, width - rope), "B Sk Hk Dk-Dr" if rope else "B Sk Hk Dk"
-    )
-    kv_heads = k.shape[2]
-    check(
-        kv_heads > 0 and heads % kv_heads == 0,
-        "k",
-        f"number of heads must divide q's {heads}",
-        kv_heads,
-    )
-    check_shape("v", v, (batch, k.shape[1], kv_heads, None), "B Sk Hk V")
-    _check_same_dtype("k", k, "q", q)
-    _check_same_dtype("v", v, "q", q)
-
-
-def _check_packing(
-    q: jax.Array, k: jax.Array, cu_seqlens_q: jax.Array | None, cu_seqlens_k: jax.Array | None
-) -> jax.Array | None:
-    """Checks the offsets of a packed batch; returns those of the keys."""
-    if cu_seqlens_q is None:
-        if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_k: needs cu_seqlens_q too, got None for it")
-        return None
-    check_rank("cu_seqlens_q", cu_seqlens_q, 1)
-    check_dtype("cu_seqlens_q", cu_seqlens_q, jnp.int32)
-    entries = cu_seqlens_q.shape[0]
-    check(entries >= 2, "cu_seqlens_q", "must have at least 2 entries", entries)
-    check(q.shape[0] == 1, "q", "B must be 1 with cu_seqlens_q", q.shape[0])
-    if cu_seqlens_k is None:
-        same = q.shape[1] == k.shape[1]
-        check(same, "cu_seqlens_k", "is needed where Sk differs from Sq", None)
-        return cu_seqlens_q
-    check_dtype("cu_seqlens_k", cu_seqlens_k, jnp.int32)
-    check_shape("cu_seqlens_k", cu_seqlens_k, (entries,), "N+1")
-    return cu_seqlens_k

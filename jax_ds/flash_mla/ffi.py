@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ds._runtime.call import ffi_call
-from jax_ds.flash_mla.config import DecodeConfig, PrefillConfig
+from jax_ds.flash_mla.config import (
+    DecodeConfig,
+    PrefillConfig,
+    PrefillOperands,
+    PrefillResiduals,
+)
 
 Array = jax.Array
 
@@ -104,10 +109,9 @@ def append(kv_pages: Array, kv: Array, page_table: Array, seq_lens: Array) -> Ar
     return pages
 
 
-def prefill_unsupported(
-    q: Array, v: Array, k_rope: Array | None, cu_seqlens_q: Array | None
-) -> str | None:
+def prefill_unsupported(operands: PrefillOperands) -> str | None:
     """Why the prefill kernel cannot take these operands; None if it can."""
+    q, _, v, k_rope, cu_seqlens_q, _ = operands
     if q.dtype != jnp.bfloat16:
         return f"the kernel takes bfloat16, got {q.dtype.name}"
     if cu_seqlens_q is not None:
@@ -120,17 +124,10 @@ def prefill_unsupported(
     return None
 
 
-def prefill(
-    config: PrefillConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    k_rope: Array | None,
-    cu_seqlens_q: Array | None,
-    cu_seqlens_k: Array | None,
-) -> tuple[Array, Array]:
+def prefill(config: PrefillConfig, operands: PrefillOperands) -> tuple[Array, Array]:
     """`api.prefill`: out [B, Sq, H, V] and lse [B, Sq, H]."""
-    assert cu_seqlens_q is None and cu_seqlens_k is None
+    q, k, v, k_rope, *packing = operands
+    assert packing == [None, None]
     *rows, width = q.shape
     out = jax.ShapeDtypeStruct((*rows, v.shape[3]), q.dtype)
     lse = jax.ShapeDtypeStruct(tuple(rows), jnp.float32)
@@ -146,20 +143,11 @@ def prefill(
 
 
 def prefill_backward(
-    config: PrefillConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    k_rope: Array | None,
-    cu_seqlens_q: Array | None,
-    cu_seqlens_k: Array | None,
-    out: Array,
-    lse: Array,
-    dout: Array,
-    dlse: Array,
+    config: PrefillConfig, residuals: PrefillResiduals, dout: Array, dlse: Array
 ) -> tuple[Array, Array, Array, Array | None]:
     """Gradients of q, k, v and k_rope."""
-    assert cu_seqlens_q is None and cu_seqlens_k is None
+    (q, k, v, k_rope, *packing), out, lse = residuals
+    assert packing == [None, None]
     if min(q.size, k.size) == 0:
         dq, dk, dv, dk_rope = jax.tree.map(jnp.zeros_like, (q, k, v, k_rope))
         return dq, dk, dv, dk_rope

@@ -8,7 +8,12 @@ import jax
 
 from jax_ds._runtime.choose import Implementation
 from jax_ds._runtime.varying import match_primal
-from jax_ds.flash_mla.config import DecodeConfig, PrefillConfig
+from jax_ds.flash_mla.config import (
+    DecodeConfig,
+    PrefillConfig,
+    PrefillOperands,
+    PrefillResiduals,
+)
 
 Array = jax.Array
 
@@ -105,59 +110,25 @@ def _append_bwd(
 append.defvjp(_append_fwd, _append_bwd)
 
 
-class PrefillResiduals(NamedTuple):
-    q: Array
-    k: Array
-    v: Array
-    k_rope: Array | None
-    cu_seqlens_q: Array | None
-    cu_seqlens_k: Array | None
-    out: Array
-    lse: Array
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def prefill(
-    rule: Rule,
-    config: PrefillConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    k_rope: Array | None,
-    cu_seqlens_q: Array | None,
-    cu_seqlens_k: Array | None,
-) -> tuple[Array, Array]:
-    out, lse = rule.forward(config, q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
+def prefill(rule: Rule, config: PrefillConfig, operands: PrefillOperands) -> tuple[Array, Array]:
+    out, lse = rule.forward(config, operands)
     return out, lse
 
 
 def _prefill_fwd(
-    rule: Rule,
-    config: PrefillConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    k_rope: Array | None,
-    cu_seqlens_q: Array | None,
-    cu_seqlens_k: Array | None,
+    rule: Rule, config: PrefillConfig, operands: PrefillOperands
 ) -> tuple[tuple[Array, Array], PrefillResiduals]:
-    operands = (q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
-    out, lse = rule.forward(config, *operands)
-    return (out, lse), PrefillResiduals(*operands, out, lse)
+    out, lse = rule.forward(config, operands)
+    return (out, lse), PrefillResiduals(operands, out, lse)
 
 
 def _prefill_bwd(
     rule: Rule, config: PrefillConfig, residuals: PrefillResiduals, cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, Array, Array | None, None, None]:
-    dq, dk, dv, dk_rope = rule.backward(config, *residuals, *cotangents)
-    return (
-        match_primal(dq, residuals.q),
-        match_primal(dk, residuals.k),
-        match_primal(dv, residuals.v),
-        None if residuals.k_rope is None else match_primal(dk_rope, residuals.k_rope),
-        None,
-        None,
-    )
+) -> tuple[PrefillOperands]:
+    # Without k_rope its gradient is None, as the operand is; the offsets have none.
+    gradients = rule.backward(config, residuals, *cotangents)
+    return (PrefillOperands(*match_primal(tuple(gradients), tuple(residuals.operands[:4]))),)
 
 
 prefill.defvjp(_prefill_fwd, _prefill_bwd)

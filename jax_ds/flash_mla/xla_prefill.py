@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jax_ds._runtime.varying import to_varying, varying_axes
 from jax_ds.flash_mla import softmax
-from jax_ds.flash_mla.config import PrefillConfig
+from jax_ds.flash_mla.config import PrefillConfig, PrefillOperands, PrefillResiduals
 from jax_ds.flash_mla.softmax import Interval, product
 
 Array = jax.Array
@@ -48,24 +48,15 @@ class Keys(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def prefill(
-    config: PrefillConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    k_rope: Array | None,
-    cu_seqlens_q: Array | None,
-    cu_seqlens_k: Array | None,
-) -> tuple[Array, Array]:
+def prefill(config: PrefillConfig, operands: PrefillOperands) -> tuple[Array, Array]:
     """`api.prefill`: out [B, Sq, H, V] and lse [B, Sq, H]."""
-    shape = _shape(q, k, v, k_rope)
-    axes = varying_axes(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
+    axes = varying_axes(operands)
+    shape = _shape(operands)
+    q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k = to_varying(operands, axes)
     if min(q.size, shape.keys) == 0:
         out = jnp.zeros((*q.shape[:3], shape.value_dim), q.dtype)
         lse = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
         return to_varying(out, axes), to_varying(lse, axes)
-    operands = (q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
-    q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k = to_varying(operands, axes)
     interval = to_varying(_intervals(config, shape, cu_seqlens_q, cu_seqlens_k), axes)
     keys = _tile_keys(shape, k, v, k_rope, cu_seqlens_k)
     rows = _tile_rows(shape, q)
@@ -89,27 +80,16 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill_backward(
-    config: PrefillConfig,
-    q: Array,
-    k: Array,
-    v: Array,
-    k_rope: Array | None,
-    cu_seqlens_q: Array | None,
-    cu_seqlens_k: Array | None,
-    out: Array,
-    lse: Array,
-    dout: Array,
-    dlse: Array,
+    config: PrefillConfig, residuals: PrefillResiduals, dout: Array, dlse: Array
 ) -> tuple[Array, Array, Array, Array | None]:
     """Gradients of q, k, v and k_rope, recomputing the probabilities from lse tile by tile."""
-    shape = _shape(q, k, v, k_rope)
-    operands = (q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse)
-    axes = varying_axes(operands)
+    axes = varying_axes(residuals, dout, dlse)
+    shape = _shape(residuals.operands)
+    residuals, dout, dlse = to_varying((residuals, dout, dlse), axes)
+    (q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k), out, lse = residuals
     if min(q.size, shape.keys) == 0:
-        dq, dk, dv, dk_rope = to_varying(jax.tree.map(jnp.zeros_like, (q, k, v, k_rope)), axes)
+        dq, dk, dv, dk_rope = jax.tree.map(jnp.zeros_like, (q, k, v, k_rope))
         return dq, dk, dv, dk_rope
-    operands = to_varying(operands, axes)
-    q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse = operands
     interval = to_varying(_intervals(config, shape, cu_seqlens_q, cu_seqlens_k), axes)
     keys = _tile_keys(shape, k, v, k_rope, cu_seqlens_k)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - dlse
@@ -148,7 +128,8 @@ def prefill_backward(
     return _untile_rows(shape, dq), dk.astype(q.dtype), dv.astype(q.dtype), dk_rope
 
 
-def _shape(q: Array, k: Array, v: Array, k_rope: Array | None) -> Shape:
+def _shape(operands: PrefillOperands) -> Shape:
+    q, k, v, k_rope, *_ = operands
     batch, queries, heads, _ = q.shape
     rope = 0 if k_rope is None else k_rope.shape[3]
     return Shape(batch, queries, k.shape[1], heads, k.shape[2], rope, v.shape[3])

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ds import flash_mla
 from jax_ds.flash_mla import reference
+from jax_ds.flash_mla.config import PrefillOperands
 from jax_ds.flash_mla.ffi import prefill_unsupported
 from tests.flash_mla import cases
 from tests.flash_mla.cases import DecodeCase, PrefillCase
@@ -240,7 +241,8 @@ def test_append_in_shard_map(check_vma: bool, implementation: str) -> None:
 @prefill_cases
 def test_prefill(case: PrefillCase, implementation: str) -> None:
     q, k, v, k_rope, *offsets = cases.prefill_inputs(case)
-    if implementation == "cuda" and (reason := prefill_unsupported(q, v, k_rope, offsets[0])):
+    given = PrefillOperands(q, k, v, k_rope, *offsets)
+    if implementation == "cuda" and (reason := prefill_unsupported(given)):
         pytest.skip(reason)
 
     def function(*heads: Array) -> Any:

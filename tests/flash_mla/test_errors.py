@@ -234,6 +234,39 @@ def test_packed_prefill(change: dict[str, Any], kind: type[Exception], message: 
     _raises(kind, message, flash_mla.prefill, PACKED | change)
 
 
+def _packed(q: list[int], k: list[int] | None) -> None:
+    """A packed call whose offsets are known while tracing."""
+    offsets = [None if x is None else jnp.asarray(x, jnp.int32) for x in (q, k)]
+    arrays = {name: PACKED[name] for name in ("q", "k", "v")}
+    jax.eval_shape(
+        lambda x: flash_mla.prefill(**x, cu_seqlens_q=offsets[0], cu_seqlens_k=offsets[1]), arrays
+    )
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "message"),
+    (
+        ([0, 5, 3], [0, 5, 9], "cu_seqlens_q: must not decrease, got [0, 5, 3]"),
+        ([0, 5, 9], [0, 5, 9], "cu_seqlens_q: must lie between 0 and Sq = 8, got [0, 5, 9]"),
+        ([-1, 5, 8], [0, 5, 9], "cu_seqlens_q: must lie between 0 and Sq = 8, got [-1, 5, 8]"),
+        ([0, 5, 8], [0, 5, 10], "cu_seqlens_k: must lie between 0 and Sk = 9, got [0, 5, 10]"),
+        ([0, 5, 8], [4, 3, 9], "cu_seqlens_k: must not decrease, got [4, 3, 9]"),
+    ),
+)
+def test_offsets_known_while_tracing(q: list[int], k: list[int], message: str) -> None:
+    _packed([0, 0, 8], [2, 2, 9])
+    with pytest.raises(ValueError) as caught:
+        _packed(q, k)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("keyword", ("causal", "return_lse"))
+@pytest.mark.parametrize(("name", "operands"), (("decode", DECODE), ("prefill", PREFILL)))
+def test_flags(name: str, operands: dict[str, Any], keyword: str) -> None:
+    message = f"{keyword}: must be one of True, False, got 'no'"
+    _raises(ValueError, message, getattr(flash_mla, name), operands, **{keyword: "no"})
+
+
 @pytest.mark.parametrize(
     ("name", "operands"), (("decode", DECODE), ("append", APPEND), ("prefill", PREFILL))
 )
