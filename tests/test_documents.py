@@ -66,6 +66,19 @@ def test_every_public_name_is_documented(room: str) -> None:
             assert (value.__doc__ or "").strip(), f"{room}.{name}"
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_attribute_is_documented(room: str) -> None:
+    """Where a class lists its attributes, it lists all."""
+    module = importlib.import_module(f"jax_ds.{room}")
+    for name in module.__all__:
+        value = getattr(module, name)
+        fields = getattr(value, "__dataclass_fields__", getattr(value, "_fields", ()))
+        _, _, listed = (value.__doc__ or "").partition("Attributes:")
+        if listed:
+            named = set(re.findall(r"\w+", listed))
+            assert not set(fields) - named, name
+
+
 def test_the_readme_has_every_setting() -> None:
     """The table of the module that reads them, word for word."""
     table = [line for line in (settings.__doc__ or "").splitlines() if line.startswith("|")]

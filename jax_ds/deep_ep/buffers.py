@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_ds._core.checks import check as require
+from jax_ds._core.checks import check_integer
 from jax_ds._runtime import native
 
 # A window's signals precede its slots.
@@ -58,14 +59,14 @@ def buffer_bytes(
       training: with the backward pass, whose dispatch carries the cotangents of y.
 
     Raises:
-      ValueError: for a size below 1.
+      ValueError, TypeError: for a size below 1 or no integer.
     """
     for name, value in (
         ("num_tokens", num_tokens),
         ("hidden", hidden),
         ("num_ranks", num_ranks),
     ):
-        require(value >= 1, name, "must be at least 1", value)
+        require(check_integer(name, value) >= 1, name, "must be at least 1", value)
     sent = jnp.dtype(dtype)
     quantized = sent == jnp.float8_e4m3fn
     result = jnp.dtype(jnp.bfloat16) if quantized else sent

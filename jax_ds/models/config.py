@@ -21,13 +21,17 @@ class ModelConfig:
 
     Attributes:
       axis_name: mesh axis of the experts, or ("node", "gpu").
+      vocab: number of tokens, the rows of the embedding and of the output head.
       hidden: width of the residual stream.
       num_layers, num_dense_layers: all layers; how many of the first have a dense MLP.
+      num_heads: query heads, which share one latent row per token.
       q_lora: width of the compressed queries; None projects queries directly.
       dense_ffn, expert_ffn, shared_ffn: inner widths of the MLPs; shared_ffn 0: no shared expert.
       num_experts, top_k, num_groups, top_groups, routed_scaling: gating, as in
         `jax_ds.moe.group_limited_topk`.
       capacity_factor: as in `jax_ds.moe.moe_layer`; None never drops a token.
+      rope_theta: base of the rotary embedding's wavelengths.
+      norm_eps: added to the mean square in every RMS norm.
       precision: "fp8" or "bf16" for the products of projections, MLPs and experts. Embedding,
         router, norms, attention and the output head are never quantized.
       remat: recompute each layer in the backward pass instead of saving its activations.

@@ -246,6 +246,10 @@ CASES: dict[str, tuple[Callable[[Array, Array], Any], str]] = {
         lambda x, ids: deep_ep.buffer_bytes(num_tokens=8, hidden=0, num_ranks=8),
         "hidden: must be at least 1, got 0",
     ),
+    "buffer_bytes of a fraction": (
+        lambda x, ids: deep_ep.buffer_bytes(num_tokens=1.5, hidden=8, num_ranks=8),
+        "num_tokens: must be a static integer, got 1.5",
+    ),
 }
 
 
