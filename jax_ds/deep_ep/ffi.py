@@ -1,14 +1,18 @@
 """The communication kernels' custom calls: groups of ranks, shapes and attributes.
 
 The kernels serve one mesh axis whose devices can address each other's memory. Which calls they
-take is decided while tracing, from facts that are equal on every process.
+take is decided while tracing, from where the job's GPUs are, which every process knows alike, and
+from the NCCL library of this process: NCCL makes no communicator of ranks whose versions differ.
 """
 
+import collections
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.mesh import get_concrete_mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from jax_ds._runtime import native
@@ -23,6 +27,7 @@ MAX_COLUMNS = 32
 MAX_SMS = 132
 # A token's bytes travel in pieces of 16.
 _PIECE = 16
+_PLATFORM = "gpu"
 
 
 def dispatch(x: Shaped[Array, "T H"] | Quantized, plan: DispatchPlan, num_sms: int | None) -> Any:
@@ -90,19 +95,18 @@ def unsupported(sizes: PlanSizes, x: Any, num_sms: int | None) -> str | None:
         return f"its kernels move tokens of a multiple of {_PIECE} bytes, these have {width}"
     if num_sms is not None and num_sms > MAX_SMS:
         return f"num_sms is at most {MAX_SMS}"
-    return None if sizes.num_ranks == 1 else _why_no_windows()
+    return None if sizes.num_ranks == 1 else _why_no_windows(sizes)
 
 
 def not_by_default(sizes: PlanSizes) -> str | None:
     """Why None takes the portable implementation where "cuda" would run; None if it does not."""
     if sizes.num_ranks == 1:
         return None
-    try:
-        gpus = jax.devices("cuda")
-    except RuntimeError:
-        return None
+    gpus = _gpus()
     if len({gpu.process_index for gpu in gpus}) < len(gpus):
         return "the kernels have only run with one process for each GPU"
+    if _mesh_gpus() is None and len(_per_host(gpus)) > 1:
+        return "without jax.set_mesh it is not known which GPUs of several hosts make up a group"
     return None
 
 
@@ -118,16 +122,51 @@ def groups(axis_name: tuple[str, ...]) -> np.ndarray:
     return ids.transpose(order).reshape(-1, jax.lax.axis_size(axis_name))
 
 
-def _why_no_windows() -> str | None:
-    """Why ranks cannot address each other's memory, as far as every process knows it alike."""
-    try:
-        gpus = jax.devices("cuda")
-    except RuntimeError:
+def _why_no_windows(sizes: PlanSizes) -> str | None:
+    """Why ranks cannot address each other's memory, as far as it is known while tracing."""
+    gpus = _gpus()
+    if not gpus:
         return None  # lowered on a machine without a GPU: as for a machine that has what it takes
-    hosts = {getattr(gpu, "slice_index", gpu.process_index) for gpu in gpus}
-    if len(hosts) > 1:
-        return f"its kernels serve the GPUs of one host, there are {len(hosts)}"
+    mesh = _mesh_gpus()
+    if mesh is not None:
+        hosts = max(len(_per_host([mesh[i] for i in g])) for g in groups(sizes.axis_name))
+        if hosts > 1:
+            return f"its kernels serve the GPUs of one host, a group of this axis has {hosts}"
+    per_host = _per_host(gpus)
+    most = max(per_host.values())
+    if len(per_host) > 1 and sizes.num_ranks > most:
+        return (
+            f"its kernels serve the GPUs of one host, the axis has {sizes.num_ranks} ranks and "
+            f"a host at most {most} of the GPUs"
+        )
     return native.why_not_nccl()
+
+
+def _gpus() -> Sequence[Any]:
+    """The GPUs of the mesh where they are known, else those of the job; none without a GPU."""
+    try:
+        gpus: Sequence[Any] = jax.devices("cuda")
+    except RuntimeError:
+        return ()
+    return _mesh_gpus() or gpus
+
+
+def _mesh_gpus() -> Sequence[Any] | None:
+    """The GPUs of the enclosing mesh, by position; None where tracing does not know them.
+
+    `jax.shard_map(mesh=...)` leaves nothing but names and sizes of axes, `jax.set_mesh` the
+    devices too; JAX has no public way to ask for them under `jit`.
+    """
+    mesh, here = get_concrete_mesh(), jax.sharding.get_abstract_mesh()
+    if (mesh.axis_names, mesh.axis_sizes) != (here.axis_names, here.axis_sizes):
+        return None
+    devices = list(mesh.devices.flat)
+    return devices if all(d.platform == _PLATFORM for d in devices) else None
+
+
+def _per_host(gpus: Sequence[Any]) -> collections.Counter[int]:
+    """How many of the GPUs each host has."""
+    return collections.Counter(getattr(gpu, "slice_index", gpu.process_index) for gpu in gpus)
 
 
 def _attributes(plan: DispatchPlan, x: Shaped[Array, "_ H"], num_sms: int | None) -> dict[str, Any]:
@@ -137,7 +176,8 @@ def _attributes(plan: DispatchPlan, x: Shaped[Array, "_ H"], num_sms: int | None
         "channel": plan.sizes.channel,
         "num_tokens": _flat(plan).needed.shape[1],
         "token_bytes": x.shape[1] * x.dtype.itemsize,
-        "num_sms": num_sms or 0,
+        # An i64 for the handler, also where NumPy's int32 was given.
+        "num_sms": int(num_sms or 0),
     }
 
 

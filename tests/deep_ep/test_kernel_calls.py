@@ -24,6 +24,7 @@ class Gpu:
     """A device as far as the choice looks at it."""
 
     compute_capability = "9.0"
+    platform = "gpu"
     device_kind = "NVIDIA H200"
 
     def __init__(self, process_index: int, slice_index: int = 0) -> None:
@@ -95,7 +96,7 @@ def _calls(text: str) -> list[dict[str, str]]:
 
 
 def test_attributes() -> None:
-    text = _lowered(num_sms=12)
+    text = _lowered(num_sms=np.int32(12))
     tokens = {"channel": "3", "num_ranks": "4", "num_sms": "12", "num_tokens": str(T)}
     fp8 = tokens | {"token_bytes": str(H), "num_scales": "2"}
     dispatch = tokens | {"token_bytes": str(2 * H), "num_scales": "0"}
@@ -123,7 +124,13 @@ def test_odd_sizes_stay_portable() -> None:
     [
         ([Gpu(0), Gpu(1)], None, None),
         ([Gpu(0), Gpu(1)], "NCCL is 2.28.9", "NCCL is 2.28.9"),
-        ([Gpu(0), Gpu(1, 1)], None, "its kernels serve the GPUs of one host, there are 2"),
+        (
+            [Gpu(i, i // 4) for i in range(8)],
+            None,
+            "its kernels serve the GPUs of one host, the axis has 8 ranks and a host at most 4 of "
+            "the GPUs",
+        ),
+        ([Gpu(i, i // 8) for i in range(16)], None, None),
     ],
 )
 def test_what_all_processes_know_decides(
@@ -159,6 +166,66 @@ def test_default_only_with_a_process_for_each_gpu(
     monkeypatch.setattr(native, "why_not_nccl", lambda: None)
     assert bool(_calls(_lowered())) == default
     assert len(_calls(_lowered("cuda"))) == 3
+
+
+class SetMesh:
+    """What `jax.set_mesh` leaves for tracing."""
+
+    def __init__(self, axes: dict[str, int], gpus: list[Gpu]) -> None:
+        self.axis_names, self.axis_sizes = tuple(axes), tuple(axes.values())
+        self.devices = np.array(gpus).reshape(self.axis_sizes)
+
+
+@pytest.mark.parametrize(
+    ("host_of", "known", "kernels"),
+    [
+        (lambda i: i // 4, True, True),  # a group on each of two hosts
+        (lambda i: i % 2, True, False),  # groups over both hosts
+        (lambda i: i // 4, False, False),
+        (lambda i: 0, False, True),
+    ],
+    ids=["inside", "across", "unknown", "one host"],
+)
+def test_the_groups_of_the_axis_decide(
+    host_of: Any, known: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = [Gpu(i, host_of(i)) for i in range(8)]
+    devices = jax.devices
+    monkeypatch.setattr(jax, "devices", lambda name=None: gpus if name else devices())
+    monkeypatch.setattr(jax, "local_devices", lambda **_: gpus[:1])
+    monkeypatch.setattr(native, "why_not_nccl", lambda: None)
+    if known:
+        mesh = SetMesh({"data": 2, "ep": 4}, gpus)
+        monkeypatch.setattr(ffi, "get_concrete_mesh", lambda: mesh)
+    assert len(_calls(_lowered())) == (3 if kernels else 0)
+    if known and not kernels:
+        with pytest.raises(NotImplementedError, match="a group of this axis has 2;"):
+            _lowered("cuda")
+    else:  # where a group can fit on a host, the caller may know that it does
+        assert len(_calls(_lowered("cuda"))) == 3
+
+
+def test_set_mesh_tells_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = _mesh((2, 4), ("data", "ep"), np.arange(8)[::-1])
+    seen = []
+
+    def per_device(x: Array) -> Array:
+        seen.append(ffi._mesh_gpus())
+        return x
+
+    def trace() -> None:
+        spec = P(("data", "ep"))
+        mapped = jax.shard_map(per_device, mesh=mesh, in_specs=spec, out_specs=spec)
+        jax.eval_shape(mapped, jax.ShapeDtypeStruct((8,), jnp.float32))
+
+    with jax.set_mesh(mesh):
+        trace()
+        assert seen.pop() is None  # these are no GPUs
+        monkeypatch.setattr(ffi, "_PLATFORM", "cpu")
+        trace()
+    assert seen.pop() == jax.devices()[::-1]
+    trace()
+    assert seen.pop() is None
 
 
 def test_buffer_bytes() -> None:
