@@ -1,15 +1,16 @@
 """Named cases of `deep_ep`: where tokens go, and over which mesh.
 
-Every routing is for 8 ranks; a mesh with a data axis uses them as two groups of 4. A `Setup` is
-one compiled program, which then runs every routing.
+Every routing is for 8 ranks; a mesh with a data axis uses them as two groups of 4, one of a single
+device as eight groups, one after the other. A `Setup` is one compiled program, which then runs
+every routing. The kernels run on the single device here, over several in `test_multirank.py`.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-
-IMPLEMENTATIONS = ("xla",)
+import pytest
 
 RANKS, TOKENS, TOP_K, HIDDEN = 8, 6, 3, 8
 
@@ -79,7 +80,22 @@ SETUPS = (
     Setup("one_node", **{**_NODES, "mesh": (1, 8)}, capacity=20, explicit=True),
     Setup("one_gpu_each", **{**_NODES, "mesh": (8, 1)}, num_experts=8, dtype="bfloat16"),
     Setup("data", mesh=(2, 4), axes=("data", "ep"), capacity=9),
+    Setup("one_device", mesh=(1,), dtype="bfloat16", expert_alignment=4),
+    Setup("one_device_drops", mesh=(1,), capacity=5),
 )
+
+
+def with_implementations(*setups: Setup) -> Any:
+    """Parametrises a test: every setup portable, those of one device with the kernels too."""
+    return pytest.mark.parametrize(
+        ("setup", "implementation"),
+        [pytest.param(setup, "xla", id=f"{setup}-xla") for setup in setups]
+        + [
+            pytest.param(setup, "cuda", id=f"{setup}-cuda", marks=pytest.mark.gpu)
+            for setup in setups
+            if setup.mesh == (1,)
+        ],
+    )
 
 
 def _uniform(rng: np.random.Generator, num_experts: int) -> np.ndarray:

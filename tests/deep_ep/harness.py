@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ds import deep_ep
 from jax_ds.deep_ep import reference
-from tests.deep_ep.cases import HIDDEN, TOKENS, TOP_K, Setup
+from tests.deep_ep.cases import HIDDEN, RANKS, TOKENS, TOP_K, Setup
 
 Array = jax.Array
 
@@ -20,10 +20,15 @@ Array = jax.Array
 def on_mesh(setup: Setup, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of per-device arrays as a jitted function of arrays with a leading axis of 8."""
     kind = AxisType.Explicit if setup.explicit else AxisType.Auto
-    mesh = jax.make_mesh(setup.mesh, setup.axes, axis_types=(kind,) * len(setup.axes))
+    count = int(np.prod(setup.mesh))
+    mesh = jax.make_mesh(
+        setup.mesh, setup.axes, (kind,) * len(setup.axes), devices=jax.devices()[:count]
+    )
     spec = P(setup.axes)
 
     def per_device(*args: Any) -> Any:
+        if count < RANKS:
+            return jax.lax.map(lambda args: function(*args), args)
         return jax.tree.map(lambda a: a[None], function(*jax.tree.map(lambda a: a[0], args)))
 
     mapped = jax.jit(

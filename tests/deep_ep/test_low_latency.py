@@ -12,15 +12,9 @@ from jax_ds.deep_ep import reference
 from jax_ds.quantization import Quantized, dequantize, quantize_1x128
 from tests.deep_ep import cases
 from tests.deep_ep.cases import RANKS, ROUTINGS, TOKENS, TOP_K, Setup
-from tests.deep_ep.harness import on_mesh, plan_of
+from tests.deep_ep.harness import on_mesh, plan_of, routings_of
 
 Array = jax.Array
-
-IMPLEMENTATIONS = [
-    pytest.param(name, marks=pytest.mark.multigpu) if name == "cuda" else name
-    for name in cases.IMPLEMENTATIONS
-]
-implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 WIDE = 160  # a whole block of 128 and a ragged one
 EXPERTS = 32
@@ -43,7 +37,7 @@ def _routing(ids: np.ndarray) -> reference.Routing:
 
 
 def _round_trip(
-    x: Array, ids: Array, weights: Array, *, quantize: bool, halves: bool, implementation: str
+    x: Array, ids: Array, weights: Array, *, quantize: bool, halves: bool
 ) -> tuple[Any, ...]:
     """Dispatch, then combine of the rows as they came, in bfloat16."""
     static = {
@@ -51,7 +45,7 @@ def _round_trip(
         "max_tokens": MAX_TOKENS,
         "axis_name": ("node", "gpu"),
         "quantize": quantize,
-        "implementation": implementation,
+        "implementation": "xla",
     }
     if halves:
         in_flight = deep_ep.low_latency_dispatch_start(x, ids, **static)
@@ -63,25 +57,20 @@ def _round_trip(
     token = jnp.arange(REGION)[None, :, None] < sizes[:, None, None]
     results = jnp.where(token, plain, jnp.nan).astype(jnp.bfloat16)
     if halves:
-        flight = deep_ep.low_latency_combine_start(
-            results, handle, weights, implementation=implementation
-        )
+        flight = deep_ep.low_latency_combine_start(results, handle, weights, implementation="xla")
         y = deep_ep.low_latency_combine_finish(flight, after=(between, sizes))
     else:
-        y = deep_ep.low_latency_combine(results, handle, weights, implementation=implementation)
+        y = deep_ep.low_latency_combine(results, handle, weights, implementation="xla")
     return rows, sizes, y
 
 
-@implementations
 @pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
 @pytest.mark.parametrize("quantize", [False, True], ids=["plain", "fp8"])
-def test_low_latency(quantize: bool, halves: bool, implementation: str) -> None:
+def test_low_latency(quantize: bool, halves: bool) -> None:
     setup = Setup("ll", mesh=(2, 4), axes=("node", "gpu"), check_vma=halves, explicit=quantize)
     run = on_mesh(
         setup,
-        lambda *args: _round_trip(
-            *args, quantize=quantize, halves=halves, implementation=implementation
-        ),
+        lambda *args: _round_trip(*args, quantize=quantize, halves=halves),
     )
     x, weights = _tokens(), _weights()
     sent = quantize_1x128(jnp.asarray(x), implementation="xla")
@@ -112,9 +101,8 @@ def _assert_moved(rows: Quantized, sent: Quantized, routing: reference.Routing) 
         np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
 
 
-@implementations
-@pytest.mark.parametrize(
-    "setup", [s for s in cases.SETUPS if s.name in ("explicit", "nodes_drops")], ids=str
+@cases.with_implementations(
+    *(s for s in cases.SETUPS if s.name in ("explicit", "nodes_drops", "one_device_drops"))
 )
 def test_dispatch_of_quantized_moves_its_bits(setup: Setup, implementation: str) -> None:
     def run(values: Array, scales: Array, ids: Array) -> Any:
@@ -128,14 +116,9 @@ def test_dispatch_of_quantized_moves_its_bits(setup: Setup, implementation: str)
     for name in ("uniform", "duplicates", "none"):
         ids = cases.expert_ids(name, setup.num_experts)
         rows = program(np.asarray(sent.values), np.asarray(sent.scales), ids)
-        routing = reference.route(
-            ids,
-            num_experts=setup.num_experts,
-            capacity=setup.rows,
-            num_nodes=setup.num_nodes,
-            node_capacity=setup.node_capacity,
-        )
-        _assert_moved(rows, sent, routing)
+        for g, routing in enumerate(routings_of(setup, ids)):
+            part = slice(g * setup.num_ranks, (g + 1) * setup.num_ranks)
+            _assert_moved(*jax.tree.map(lambda a, p=part: a[p], (rows, sent)), routing)
 
 
 def test_finish_waits_for_the_work_given_to_it() -> None:

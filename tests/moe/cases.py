@@ -9,8 +9,6 @@ import numpy as np
 
 from jax_ds.moe import MoEParams
 
-IMPLEMENTATIONS = ("xla",)
-
 
 @dataclasses.dataclass(frozen=True)
 class MoECase:

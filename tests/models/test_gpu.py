@@ -1,0 +1,40 @@
+"""The training step on a GPU: what None runs there against the portable implementation."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jax_ds import models
+from tests.models import tiny
+
+
+@pytest.mark.gpu
+def test_a_step_with_kernels_agrees_with_the_portable_one() -> None:
+    """One FP8 step on one device: the loss, the gradient's norm and what AdamW made of it."""
+    mesh, axis = tiny.mesh(1)
+    batch = tiny.put(tiny.tokens(0), mesh)
+    results = {}
+    for implementation in (None, "xla"):
+        config = tiny.config(axis_name=axis, precision="fp8", implementation=implementation)
+        step = models.make_train_step(config, tiny.TRAIN, mesh)
+        state = models.init_state(config, tiny.TRAIN, mesh, seed=0)
+        if implementation is None:
+            text = step.trace(state, batch).lower(lowering_platforms=("cuda",)).as_text()
+            called = set(re.findall(r"custom_call @jax_ds_(\w+)", text))
+            kernels = {"deep_ep_dispatch", "deep_ep_combine", "flash_mla_prefill", "gemm"}
+            assert kernels | {"flash_mla_prefill_backward"} <= called
+        # Two steps: the first one's learning rate is that of a warm-up.
+        measured = []
+        for _ in range(2):
+            state, metrics = step(state, batch)
+            measured.append(jax.tree.map(np.asarray, metrics))
+        results[implementation] = jax.tree.map(np.asarray, state.params), measured
+    (params, ours), (expected_params, theirs) = results[None], results["xla"]
+    for mine, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine.loss, expected.loss, rtol=5e-3)
+        np.testing.assert_allclose(mine.grad_norm, expected.grad_norm, rtol=0.03)
+        assert mine.load.sum() == expected.load.sum() == 8 * 16 * 2
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
+        assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(b) + 1e-6
