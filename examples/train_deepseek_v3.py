@@ -3,7 +3,7 @@
     python examples/train_deepseek_v3.py                      # eight devices, FP8
     python examples/train_deepseek_v3.py --precision bf16 --mesh 2x4 --steps 50
     python examples/train_deepseek_v3.py --data my_book.txt --data src/ --out runs/mine
-    python examples/train_deepseek_v3.py --resume             # after Ctrl-C
+    python examples/train_deepseek_v3.py --resume             # after Ctrl-C, or after a crash
 
 The devices are the machine's GPUs, or virtual ones on the CPU. examples/multi_process.sh runs
 this program as several processes. The folder --out receives checkpoint.npz (all state),
@@ -15,6 +15,7 @@ import launch  # isort: skip; sets up the environment before jax is imported
 import csv
 import dataclasses
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -38,6 +39,9 @@ _DATA = flags.DEFINE_multi_string(
 _OUT = flags.DEFINE_string("out", "demo-out", "folder for everything the run writes")
 _STEPS = flags.DEFINE_integer("steps", 250, "training steps", lower_bound=1)
 _RESUME = flags.DEFINE_bool("resume", False, "go on from the checkpoint in --out")
+_SAVE_EVERY = flags.DEFINE_integer(
+    "save_every", 100, "steps between checkpoints; 0 saves at the end only", lower_bound=0
+)
 _PRECISION: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "precision", "fp8", ["fp8", "bf16"], "of the matrix products"
 )
@@ -68,20 +72,33 @@ class Run:
     losses: list[float]
 
     def save(self) -> None:
+        """Each file is replaced as a whole, the checkpoint after the losses: whenever the program
+        is killed, there is a loss for every step of the checkpoint."""
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            losses = "".join(f"{step},{loss}\n" for step, loss in enumerate(self.losses))
+            _replace(self.folder / "loss.csv", "step,loss\n" + losses)
+            config = json.dumps(dataclasses.asdict(self.config), indent=2)
+            _replace(self.folder / "config.json", config + "\n")
         models.save_tree(self.folder / "checkpoint.npz", self.state)
         models.save_tree(self.folder / "weights.npz", self.state.params)
-        if jax.process_index() == 0:
-            config = json.dumps(dataclasses.asdict(self.config), indent=2)
-            (self.folder / "config.json").write_text(config + "\n")
-            with (self.folder / "loss.csv").open("w", newline="") as file:
-                csv.writer(file).writerows([("step", "loss"), *enumerate(self.losses)])
 
     def resume(self) -> None:
         specs = models.state_specs(self.config, self.train)
         path = self.folder / "checkpoint.npz"
         self.state = models.load_tree(path, self.state, self.mesh, specs)
         with (self.folder / "loss.csv").open(newline="") as file:
-            self.losses = [float(row["loss"]) for row in csv.DictReader(file)]
+            losses = [float(row["loss"]) for row in csv.DictReader(file)]
+        # The state says where to go on; later losses are of steps that it has not made.
+        step = int(self.state.step)
+        self.losses = [*losses, *[float("nan")] * step][:step]
+
+
+def _replace(path: pathlib.Path, content: str) -> None:
+    """Writes a file that others see either as it was or as it is now."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(content)
+    os.replace(new, path)
 
 
 class Interrupt:
@@ -161,6 +178,10 @@ def train(run: Run, data: text.Text, interrupt: Interrupt) -> tuple[np.ndarray[A
             bar.update()
             if interrupt.agreed():
                 return np.array(loads).sum(axis=0), False
+            # The last step is saved by the caller.
+            every = _SAVE_EVERY.value or run.train.steps
+            if (step + 1) % every == 0 and step + 1 < run.train.steps:
+                run.save()
     # Without a step, as where a finished run is resumed, there is no load to tell of.
     return np.array(loads).sum(axis=0) if loads else np.zeros((0, 0)), True
 

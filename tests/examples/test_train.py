@@ -95,8 +95,8 @@ def test_the_run_leaves_what_it_promises(single: tuple[pathlib.Path, str]) -> No
 def test_interrupted_and_resumed(
     single: tuple[pathlib.Path, str], environment: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
-    """Ctrl-C saves after the step it meets; --resume ends with the uninterrupted losses, and
-    changes nothing where the run has ended."""
+    """Ctrl-C saves after the step it meets; --resume ends with the uninterrupted losses, also
+    from losses ahead of the checkpoint, and changes nothing where the run has ended."""
     train = ROOT / "examples" / "train_deepseek_v3.py"
     command = [sys.executable, train, *SMALL, "--nodecode", f"--out={tmp_path}"]
     process = subprocess.Popen(
@@ -116,9 +116,35 @@ def test_interrupted_and_resumed(
     assert process.returncode == 130, output
     assert "Interrupted after step 1; saved." in output
     assert len(_losses(tmp_path)) == 1
+    with (tmp_path / "loss.csv").open("a") as file:  # as if killed before the checkpoint
+        file.write("1,99.0\n")
     for _ in range(2):
         _run(*command, "--resume", env=environment)
         assert _losses(tmp_path) == _losses(single[0])
+
+
+@pytest.mark.slow
+def test_killed_between_checkpoints(environment: dict[str, str], tmp_path: pathlib.Path) -> None:
+    """What is on the disk after a kill: a checkpoint of some step, with the losses up to it."""
+    train = ROOT / "examples" / "train_deepseek_v3.py"
+    command = [sys.executable, train, *SMALL, f"--out={tmp_path}", "--steps=100000"]
+    process = subprocess.Popen(
+        [*map(str, command), "--save_every=2"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "weights.npz").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with np.load(tmp_path / "checkpoint.npz") as state:
+        step = int(state[".step"])
+    assert step >= 2
+    assert step % 2 == 0
+    assert len(_losses(tmp_path)) >= step
 
 
 @pytest.mark.parametrize(
