@@ -13,6 +13,7 @@ count around them must agree on all ranks. The method is that of DeepEP
 (github.com/deepseek-ai/DeepEP) and of the DeepSeek-V3 report, section 3.2.
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -87,36 +88,29 @@ def plan_dispatch(
     """
     check_rank("expert_ids", expert_ids, 2)
     check_dtype("expert_ids", expert_ids, jnp.int32)
-    num_tokens, top_k = expert_ids.shape
-    check_columns(expert_ids)
-    axes, num_ranks = check_axes(axis_name)
-    check_experts(num_experts, num_ranks, axis_name)
+    sizes = check_exchange(expert_ids, num_experts, axis_name, channel)
     check_count("expert_alignment", expert_alignment, 1)
-    check_count("channel", channel, 0)
     if node_capacity is not None:
-        check(len(axes) == 2, "node_capacity", "needs axis_name=(node, gpu)", repr(axis_name))
+        check(
+            len(sizes.axis_name) == 2,
+            "node_capacity",
+            "needs axis_name=(node, gpu)",
+            repr(axis_name),
+        )
         check_count("node_capacity", node_capacity, 1)
     if capacity is not None and check_integer("capacity", capacity) < expert_alignment:
         fail("capacity", f"must be at least expert_alignment = {expert_alignment}", capacity)
 
-    experts_each = num_experts // num_ranks
-    pairs = num_ranks * num_tokens * min(top_k, experts_each)
+    pairs = sizes.num_ranks * sizes.num_tokens * min(sizes.top_k, sizes.experts_per_rank)
     check(pairs <= MAX_INDEX, "expert_ids", "R*T*min(K, E_local) must be below 2**31", pairs)
     if capacity is None:
-        filling = min(experts_each, pairs) * (expert_alignment - 1)
+        filling = min(sizes.experts_per_rank, pairs) * (expert_alignment - 1)
         capacity = max(pairs + filling, expert_alignment) // expert_alignment * expert_alignment
     check(capacity <= MAX_INDEX, "capacity", "must be below 2**31", capacity)
-    sizes = PlanSizes(
-        axis_name=axes,
-        num_ranks=num_ranks,
-        num_experts=num_experts,
-        num_tokens=num_tokens,
-        top_k=top_k,
-        capacity=int(capacity),
-        expert_alignment=expert_alignment,
-        channel=int(channel),
+    sizes = dataclasses.replace(
+        sizes, capacity=int(capacity), expert_alignment=int(expert_alignment)
     )
-    (expert_ids,) = together(axes, expert_ids)
+    (expert_ids,) = together(sizes.axis_name, expert_ids)
     plan: DispatchPlan = calls.plan(Options(implementation), sizes, node_capacity, expert_ids)
     return plan
 
@@ -223,18 +217,31 @@ def check_axes(axis_name: str | tuple[str, ...]) -> tuple[tuple[str, ...], int]:
     return axes, check_axis("axis_name", axis_name)
 
 
-def check_columns(expert_ids: Int32[Array, "T K"]) -> None:
-    """Requires K of at least 1."""
+def check_exchange(
+    expert_ids: Int32[Array, "T K"],
+    num_experts: int,
+    axis_name: str | tuple[str, ...],
+    channel: int,
+) -> PlanSizes:
+    """Checks what every exchange is given; its sizes, apart from the capacity."""
+    num_tokens, top_k = expert_ids.shape
     shape = f"shape {format_shape(expert_ids.shape)}"
-    rule = "must have at least 1 expert per token"
-    check(expert_ids.shape[1] >= 1, "expert_ids", rule, shape)
-
-
-def check_experts(num_experts: int, num_ranks: int, axis_name: str | tuple[str, ...]) -> None:
-    """Requires as many experts on every rank, at least one."""
+    check(top_k >= 1, "expert_ids", "must have at least 1 expert per token", shape)
+    axes, num_ranks = check_axes(axis_name)
     check_integer("num_experts", num_experts)
     rule = f"must be a positive multiple of the {num_ranks} ranks of axis {axis_name!r}"
     check(num_experts >= 1 and num_experts % num_ranks == 0, "num_experts", rule, num_experts)
+    check_count("channel", channel, 0)
+    return PlanSizes(
+        axis_name=axes,
+        num_ranks=num_ranks,
+        num_experts=int(num_experts),
+        num_tokens=num_tokens,
+        top_k=top_k,
+        capacity=0,
+        expert_alignment=1,
+        channel=int(channel),
+    )
 
 
 def check_count(argument: str, value: int, least: int) -> None:

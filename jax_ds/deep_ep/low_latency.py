@@ -24,15 +24,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 from jax_ds._core.checks import check, check_dtype, check_rank, check_shape
 from jax_ds._runtime.choose import Implementation, choose
 from jax_ds.deep_ep import xla
-from jax_ds.deep_ep.api import (
-    MAX_INDEX,
-    check_axes,
-    check_columns,
-    check_count,
-    check_experts,
-    check_plan,
-    together,
-)
+from jax_ds.deep_ep.api import MAX_INDEX, check_count, check_exchange, check_plan, together
 from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes, plan_rows, valid_ids
 from jax_ds.deep_ep.route import FlatRoute, flat_route, sum_in_order
 from jax_ds.deep_ep.vjp import inference_only
@@ -133,25 +125,15 @@ def low_latency_dispatch_start(
     )
     check_dtype("expert_ids", expert_ids, jnp.int32)
     check_shape("expert_ids", expert_ids, (num_tokens, None), "T K")
-    top_k = expert_ids.shape[1]
-    check_columns(expert_ids)
-    axes, num_ranks = check_axes(axis_name)
-    check_experts(num_experts, num_ranks, axis_name)
-    check_count("channel", channel, 0)
+    sizes = check_exchange(expert_ids, num_experts, axis_name, channel)
     capacity = num_experts * max_tokens
     check(capacity <= MAX_INDEX, "max_tokens", "E * max_tokens must be below 2**31", capacity)
-    sizes = PlanSizes(
-        axis_name=axes,
-        num_ranks=num_ranks,
-        num_experts=num_experts,
-        num_tokens=num_tokens,
-        top_k=top_k,
-        capacity=capacity,
-        expert_alignment=1,
-        channel=channel,
-        region=num_ranks * max_tokens,
+    sizes = dataclasses.replace(
+        sizes, capacity=int(capacity), region=int(sizes.num_ranks * max_tokens)
     )
-    x, expert_ids = inference_only("low_latency_dispatch", *together(axes, x, expert_ids))
+    x, expert_ids = inference_only(
+        "low_latency_dispatch", *together(sizes.axis_name, x, expert_ids)
+    )
 
     def portable(x: Array, expert_ids: Array) -> DispatchInFlight:
         return _send(x, expert_ids, sizes, quantize, implementation)
