@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from jax_ds._core.checks import check, check_dtype, check_shape, known_values
 
-# Tokens of a block of quantized columns.
+# Elements of a line, and rows and columns of a square, that share a scale.
 BLOCK = 128
 
 

@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Int
 
-from jax_ds._core.groups import group_bounds, padded_starts
+from jax_ds._core.groups import BLOCK, group_bounds, padded_starts
 from jax_ds._runtime.varying import to_varying, varying_axes
 from jax_ds.quantization import Quantized
 
-BLOCK = 128
 _UNROLL = 8
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_ds._core.checks import check, check_dtype, check_shape, fail, format_shape
+from jax_ds._core.groups import BLOCK
 
-BLOCK = 128
 VALUES_DTYPE = jnp.float8_e4m3fn
 
 
