@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_ds._core.groups import padded_tokens
+from jax_ds._core.groups import BLOCK, padded_tokens
 from jax_ds._runtime.call import ffi_call
-from jax_ds.quantization.types import BLOCK, VALUES_DTYPE, Quantized, num_blocks
+from jax_ds.quantization.types import VALUES_DTYPE, Quantized, num_blocks
 from jax_ds.quantization.xla import ScaleDtype
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_ds._core.groups import group_bounds, padded_starts, padded_tokens
-from jax_ds.quantization.types import BLOCK, VALUES_DTYPE, Quantized, num_blocks
+from jax_ds._core.groups import BLOCK, group_bounds, padded_starts, padded_tokens
+from jax_ds.quantization.types import VALUES_DTYPE, Quantized, num_blocks
 
 ScaleDtype = Literal["float32", "ue8m0"]
 
