@@ -54,11 +54,21 @@ def choose(
         return cuda(*operands)
     if cuda is None or reason or _why_not_hopper(aot=True):
         return xla(*operands)
+    return by_platform(operands, cuda=cuda, default=xla)
+
+
+def by_platform(
+    operands: tuple[Any, ...], *, cuda: Callable[..., Any], default: Callable[..., Any]
+) -> Any:
+    """`cuda(*operands)` where the program is lowered for CUDA, `default(*operands)` elsewhere.
+
+    Both results vary over the mesh axes that any operand varies over, so that their types agree.
+    """
     axes = varying_axes(operands)
     return jax.lax.platform_dependent(
         *operands,
         cuda=lambda *args: to_varying(cuda(*args), axes),
-        default=lambda *args: to_varying(xla(*args), axes),
+        default=lambda *args: to_varying(default(*args), axes),
     )
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_ds._core.groups import group_bounds
-from jax_ds._runtime.choose import Implementation
-from jax_ds._runtime.varying import match_primal, to_varying, varying_axes
+from jax_ds._runtime.choose import Implementation, by_platform
+from jax_ds._runtime.varying import match_primal
 from jax_ds.deep_gemm import api, xla
 from jax_ds.quantization import (
     Quantized,
@@ -139,7 +139,9 @@ def _bf16_bwd(
 ) -> tuple[Float[Array, "M K"], Float[Array, "G N K"], None]:
     dy = dy.astype(jnp.bfloat16)
     d_lhs = _bf16_forward(dy, jnp.swapaxes(res.rhs, 1, 2), res.group_sizes)
-    d_rhs = _per_platform(xla.bf16_grouped_wgrad, xla.ragged_wgrad, dy, res.lhs, res.group_sizes)
+    d_rhs = by_platform(
+        (dy, res.lhs, res.group_sizes), cuda=xla.ragged_wgrad, default=xla.bf16_grouped_wgrad
+    )
     d_lhs = match_primal(d_lhs.astype(res.lhs_type.dtype), res.lhs_type)
     return d_lhs, match_primal(d_rhs, res.rhs_type).astype(res.rhs_type.dtype), None
 
@@ -151,17 +153,8 @@ def _bf16_forward(
     lhs: Float[Array, "M K"], rhs: Float[Array, "G N K"], group_sizes: Int[Array, "G"]
 ) -> Float[Array, "M N"]:
     lhs, rhs = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
-    return _per_platform(xla.bf16_grouped_gemm, xla.ragged_dot, lhs, rhs, group_sizes)
-
-
-def _per_platform(tiled: Any, ragged: Any, *operands: Any) -> Any:
-    """XLA's own ragged product on GPUs: a loop over tiles leaves most of a GPU idle."""
-    axes = varying_axes(operands)
-    return jax.lax.platform_dependent(
-        *operands,
-        cuda=lambda *args: to_varying(ragged(*args), axes),
-        default=lambda *args: to_varying(tiled(*args), axes),
-    )
+    # XLA's own ragged product on GPUs: a loop over tiles leaves most of a GPU idle.
+    return by_platform((lhs, rhs, group_sizes), cuda=xla.ragged_dot, default=xla.bf16_grouped_gemm)
 
 
 def _num_rows(x: Float[Array, "M K"], group_sizes: Int[Array, "G"]) -> Int[Array, ""]:
