@@ -10,6 +10,7 @@
 #pragma once
 
 #include "kernels/ptx.cuh"
+#include "kernels/wgmma_descriptor.h"
 
 namespace jax_ds::wgmma {
 
@@ -20,15 +21,6 @@ JAX_DS_DEVICE void commit_group() { asm volatile("wgmma.commit_group.sync.aligne
 template <int kPending>
 JAX_DS_DEVICE void wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Descriptor of a tile in either order, whose groups of eight rows lie `group_stride` bytes apart;
-// `atom_stride` matters only to MN-major tiles wider than 64. Advance by bytes / 16: K-major, the
-// next 16 elements of K are 32 bytes on; MN-major, two groups.
-JAX_DS_DEVICE u64 descriptor(u32 shared, u32 group_stride = 1024, u32 atom_stride = 16) {
-  constexpr u64 kSwizzle128 = 1ull << 62;
-  return kSwizzle128 | static_cast<u64>(group_stride >> 4) << 32 |
-         static_cast<u64>(atom_stride >> 4) << 16 | ((shared & 0x3ffff) >> 4);
 }
 
 // Descriptor of a K-major tile without swizzle: 8 rows x 16 bytes lie together, the next eight rows

@@ -1,6 +1,7 @@
 // What prefill's forward and backward kernels share: the order of tiles, the mask, the way out.
 #pragma once
 
+#include "flash_mla/kernels/prefill_slabs.h"
 #include "kernels/pipeline.cuh"
 #include "kernels/tma.cuh"
 #include "kernels/wgmma_bf16.cuh"
@@ -54,9 +55,8 @@ JAX_DS_DEVICE void multiply_slabs(float (&d)[kRegisters], u32 a, u32 b) {
   fence();
 #pragma unroll
   for (int i = 0; i < kK / 16; ++i) {
-    const u32 slab = i / 4, within = i % 4 * 32;
-    mma<Major::kK, Major::kK>(Bf16{}, d, descriptor(a + slab * kRowsA * 128 + within),
-                              descriptor(b + slab * kRowsB * 128 + within), i > 0);
+    mma<Major::kK, Major::kK>(Bf16{}, d, columns_operand(a, kRowsA, i),
+                              columns_operand(b, kRowsB, i), i > 0);
   }
   commit_group();
 }
@@ -68,7 +68,7 @@ JAX_DS_DEVICE void accumulate_slabs(float (&d)[kRegisters], const u32 (&a)[kRows
   fence();
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i) {
-    mma<Major::kMN>(Bf16{}, d, a[i], descriptor(b + i * 2048, kRows * 128), true);
+    mma<Major::kMN>(Bf16{}, d, a[i], rows_operand(b, kRows, i), true);
   }
   commit_group();
 }
