@@ -76,14 +76,7 @@ def main() -> int:
         parser.error("no NVIDIA GPU: nvidia-smi lists none")
     command = list(options.program)
     if not command or command[0].startswith("-"):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "tests/deep_ep/test_multirank.py",
-            *_TESTS,
-            *command,
-        ]
+        command = [sys.executable, "-m", "pytest", *_TESTS, *command]
     with contextlib.ExitStack() as stack:
         logs = pathlib.Path(
             options.logs or stack.enter_context(tempfile.TemporaryDirectory(prefix="multirank-"))
@@ -189,7 +182,14 @@ def _report(statuses: list[int], files: list[pathlib.Path], shown_lines: int) ->
 
 @contextlib.contextmanager
 def _mps() -> Iterator[dict[str, str]]:
-    """Lets processes run on one GPU at the same time; the environment they need."""
+    """Lets processes run on one GPU at the same time; the environment they need.
+
+    A daemon that runs already, named by CUDA_MPS_PIPE_DIRECTORY, is used and left running.
+    """
+    running = os.environ.get("CUDA_MPS_PIPE_DIRECTORY")
+    if running and any(pathlib.Path(running).glob("*control*")):
+        yield {}
+        return
     with tempfile.TemporaryDirectory(prefix="mps-") as folder:
         mine = {
             "CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe",
