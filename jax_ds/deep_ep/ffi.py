@@ -1,8 +1,10 @@
 """The communication kernels' custom calls: groups of ranks, shapes and attributes.
 
-The kernels serve one mesh axis whose devices can address each other's memory. Which calls they
-take is decided while tracing, from where the job's GPUs are, which every process knows alike, and
-from the NCCL library of this process: NCCL makes no communicator of ranks whose versions differ.
+The kernels serve the devices of one mesh axis, which can address each other's memory; over
+(node, gpu) those of the GPU axis, after XLA's collectives have crossed the node axis. Which calls
+they take is decided while tracing, from where the job's GPUs are, which every process knows alike,
+and from the NCCL library of this process: NCCL makes no communicator of ranks whose versions
+differ.
 """
 
 import collections
@@ -18,8 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jax_ds._runtime import native
 from jax_ds._runtime.call import ffi_call
 from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes
-from jax_ds.deep_ep.route import FlatRoute
-from jax_ds.deep_ep.xla import at_least_one
+from jax_ds.deep_ep.xla import at_least_one, stage
 from jax_ds.quantization import Quantized
 
 MAX_RANKS = 32
@@ -33,15 +34,14 @@ _PLATFORM = "gpu"
 def dispatch(x: Shaped[Array, "T H"] | Quantized, plan: DispatchPlan, num_sms: int | None) -> Any:
     """`rows[c] = x` of row c's token; `[C, H]`, Quantized if x is."""
     values, *scales = (x.values, x.scales) if isinstance(x, Quantized) else (x,)
-    values = at_least_one(values)
-    scales = [at_least_one(s) for s in scales]
+    values, *scales = stage(plan, *(at_least_one(a) for a in (values, *scales)))
     capacity = plan.row_source.shape[0]
     outputs = [jax.ShapeDtypeStruct((capacity, a.shape[1]), a.dtype) for a in (values, *scales)]
     rows = ffi_call(
         "jax_ds_deep_ep_dispatch",
         outputs,
         _axis_index(plan.sizes),
-        _flat(plan).needed,
+        plan.route.needed,
         plan.row_source,
         plan.row_of,
         values,
@@ -63,7 +63,7 @@ def combine(
     num_sms: int | None,
 ) -> Float[Array, "T H"]:
     """`y[t] = sum over t's rows c of w_c * rows[c]`; w_c is 1 without weights."""
-    needed = _flat(plan).needed
+    needed = plan.route.needed
     (y,) = ffi_call(
         "jax_ds_deep_ep_combine",
         [jax.ShapeDtypeStruct((needed.shape[1], rows.shape[1]), rows.dtype)],
@@ -77,7 +77,7 @@ def combine(
         vmap_method="sequential",
         communicates=True,
     )
-    result: Array = y[: plan.sizes.num_tokens]
+    result: Array = plan.route.settle(y)[: plan.sizes.num_tokens].astype(rows.dtype)
     return result
 
 
@@ -85,22 +85,21 @@ def unsupported(sizes: PlanSizes, x: Any, num_sms: int | None) -> str | None:
     """Why the kernels cannot move tokens like those of x `[_, H]`; None if they can."""
     values = x.values if isinstance(x, Quantized) else x
     width = values.shape[1] * values.dtype.itemsize
-    if len(sizes.axis_name) != 1:
-        return "its kernels serve one mesh axis, not (node, gpu)"
-    if sizes.num_ranks > MAX_RANKS:
-        return f"its kernels serve at most {MAX_RANKS} ranks, the axis has {sizes.num_ranks}"
+    ranks = jax.lax.axis_size(sizes.direct_axes)
+    if ranks > MAX_RANKS:
+        return f"its kernels serve at most {MAX_RANKS} ranks, the axis has {ranks}"
     if sizes.columns > MAX_COLUMNS:
         return f"its kernels serve at most {MAX_COLUMNS} experts of a rank per token"
     if width == 0 or width % _PIECE:
         return f"its kernels move tokens of a multiple of {_PIECE} bytes, these have {width}"
     if num_sms is not None and num_sms > MAX_SMS:
         return f"num_sms is at most {MAX_SMS}"
-    return None if sizes.num_ranks == 1 else _why_no_windows(sizes)
+    return None if ranks == 1 else _why_no_windows(sizes.direct_axes)
 
 
 def not_by_default(sizes: PlanSizes) -> str | None:
     """Why None takes the portable implementation where "cuda" would run; None if it does not."""
-    if sizes.num_ranks == 1:
+    if jax.lax.axis_size(sizes.direct_axes) == 1:
         return None
     gpus = _gpus()
     if len({gpu.process_index for gpu in gpus}) < len(gpus):
@@ -122,21 +121,22 @@ def groups(axis_name: tuple[str, ...]) -> np.ndarray:
     return ids.transpose(order).reshape(-1, jax.lax.axis_size(axis_name))
 
 
-def _why_no_windows(sizes: PlanSizes) -> str | None:
+def _why_no_windows(axes: tuple[str, ...]) -> str | None:
     """Why ranks cannot address each other's memory, as far as it is known while tracing."""
     gpus = _gpus()
     if not gpus:
         return None  # lowered on a machine without a GPU: as for a machine that has what it takes
     mesh = _mesh_gpus()
     if mesh is not None:
-        hosts = max(len(_per_host([mesh[i] for i in g])) for g in groups(sizes.axis_name))
+        hosts = max(len(_per_host([mesh[i] for i in g])) for g in groups(axes))
         if hosts > 1:
             return f"its kernels serve the GPUs of one host, a group of this axis has {hosts}"
     per_host = _per_host(gpus)
     most = max(per_host.values())
-    if len(per_host) > 1 and sizes.num_ranks > most:
+    ranks = jax.lax.axis_size(axes)
+    if len(per_host) > 1 and ranks > most:
         return (
-            f"its kernels serve the GPUs of one host, the axis has {sizes.num_ranks} ranks and "
+            f"its kernels serve the GPUs of one host, the axis has {ranks} ranks and "
             f"a host at most {most} of the GPUs"
         )
     return native.why_not_nccl()
@@ -170,11 +170,12 @@ def _per_host(gpus: Sequence[Any]) -> collections.Counter[int]:
 
 
 def _attributes(plan: DispatchPlan, x: Shaped[Array, "_ H"], num_sms: int | None) -> dict[str, Any]:
+    num_ranks, num_tokens = plan.route.needed.shape
     return {
-        "groups": groups(plan.sizes.axis_name).reshape(-1),
-        "num_ranks": plan.sizes.num_ranks,
+        "groups": groups(plan.sizes.direct_axes).reshape(-1),
+        "num_ranks": num_ranks,
         "channel": plan.sizes.channel,
-        "num_tokens": _flat(plan).needed.shape[1],
+        "num_tokens": num_tokens,
         "token_bytes": x.shape[1] * x.dtype.itemsize,
         # An i64 for the handler, also where NumPy's int32 was given.
         "num_sms": int(num_sms or 0),
@@ -182,10 +183,5 @@ def _attributes(plan: DispatchPlan, x: Shaped[Array, "_ H"], num_sms: int | None
 
 
 def _axis_index(sizes: PlanSizes) -> Int[Array, ""]:
-    """The rank, which the kernels compare with NCCL's."""
-    return jnp.asarray(jax.lax.axis_index(sizes.axis_name), jnp.int32)
-
-
-def _flat(plan: DispatchPlan) -> FlatRoute:
-    assert isinstance(plan.route, FlatRoute)
-    return plan.route
+    """The rank among those that exchange records, which the kernels compare with NCCL's."""
+    return jnp.asarray(jax.lax.axis_index(sizes.direct_axes), jnp.int32)

@@ -38,9 +38,13 @@ class NodeRoute:
     node_axis: str = dataclasses.field(metadata={"static": True})
     gpu_axis: str = dataclasses.field(metadata={"static": True})
 
+    def stage(self, x: Shaped[Array, "T W"]) -> Shaped[Array, "U W"]:
+        """Sends each token once to each other node that needs it; this GPU's staged slots."""
+        return _cross_nodes(x, self.node_token, self.node_axis)
+
     def spread(self, x: Shaped[Array, "T W"]) -> Shaped[Array, "B W"]:
         """Each token once to each node, then once to each rank of it that needs it."""
-        return self.forward(_cross_nodes(x, self.node_token, self.node_axis))
+        return self.forward(self.stage(x))
 
     def forward(self, staged: Shaped[Array, "U W"]) -> Shaped[Array, "B W"]:
         """Staged tokens to the GPUs of this node that need them."""
@@ -48,23 +52,25 @@ class NodeRoute:
         return arrived.reshape(-1, staged.shape[1])
 
     def collect(self, parts: Float[Array, "B W"]) -> Float[Array, "T W"]:
-        """The sum of a token's partial sums: float32 over a node's GPUs, then over the nodes.
+        """The sum of a token's partial sums: over a node's GPUs, rounded, then over the nodes."""
+        num_gpus, num_staged = self.needed.shape
+        parts = exchange(parts.reshape(num_gpus, num_staged, parts.shape[1]), (self.gpu_axis,))
+        return self.settle(sum_in_order(parts).astype(parts.dtype))
 
-        What crosses the network has the dtype of `parts`: another node's sum is rounded to it
-        once, this node's own is not.
+    def settle(self, sums: Float[Array, "U W"]) -> Float[Array, "T W"]:
+        """Sends the sums of other nodes' tokens back; the float32 sum, in node order, of a token's.
+
+        What crosses the network has the dtype of `sums`, rounded to it once.
         """
         num_nodes, num_slots = self.node_token.shape
-        num_gpus, num_staged = self.needed.shape
-        num_tokens, width = self.node_slot.shape[1], parts.shape[1]
-        parts = exchange(parts.reshape(num_gpus, num_staged, width), (self.gpu_axis,))
-        sums = sum_in_order(parts)
-        own, others = sums[:num_tokens], sums[num_tokens:].astype(parts.dtype)
+        num_tokens, width = self.node_slot.shape[1], sums.shape[1]
+        own, others = sums[:num_tokens], sums[num_tokens:]
         others = others.reshape(num_nodes - 1, num_slots, width)
         back = exchange(_by_node(others, self.node_axis), (self.node_axis,))
         here = jax.lax.axis_index(self.node_axis)
 
         crossed = jnp.take_along_axis(back, jnp.maximum(self.node_slot, 0)[:, :, None], axis=1)
-        crossed = jnp.where(self.node_slot[:, :, None] >= 0, crossed, 0).astype(jnp.float32)
+        crossed = jnp.where(self.node_slot[:, :, None] >= 0, crossed, 0)
         each_node = jnp.arange(num_nodes, dtype=jnp.int32)[:, None, None]
         return sum_in_order(jnp.where(each_node == here, own[None], crossed))
 

@@ -49,6 +49,14 @@ class PlanSizes:
         return self.num_experts // self.num_ranks
 
     @property
+    def direct_axes(self) -> tuple[str, ...]:
+        """The mesh axes whose ranks send to each other directly: over (node, gpu) the second.
+
+        The low-latency functions take several axes as one.
+        """
+        return self.axis_name[-1:] if self.region is None else self.axis_name
+
+    @property
     def columns(self) -> int:
         """J, the most local experts that one token can need."""
         return min(self.top_k, self.experts_per_rank)

@@ -29,6 +29,14 @@ class FlatRoute:
     needed: Bool[Array, "R T"]
     axis_name: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
+    def stage(self, x: Shaped[Array, "T W"]) -> Shaped[Array, "T W"]:
+        """What this rank has to spread: its own tokens."""
+        return x
+
+    def settle(self, sums: Float[Array, "T W"]) -> Float[Array, "T W"]:
+        """A token's result from the sums that `stage`'s slots have received: they are it."""
+        return sums
+
     def spread(self, x: Shaped[Array, "T W"]) -> Shaped[Array, "B W"]:
         """Each token goes once to each rank that needs it; empty slots are zero."""
         send = mask_slots(self.needed, x)

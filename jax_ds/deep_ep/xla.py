@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from jax_ds.deep_ep.plan import DispatchPlan, in_columns
+from jax_ds.deep_ep.route import FlatRoute
 from jax_ds.quantization import Quantized
 
 
@@ -70,6 +71,16 @@ def reduce_rows(
             value = value * by_column[:, j, None]
         total = total + jnp.where(row[:, None] >= 0, value, 0)
     return total.astype(rows.dtype)
+
+
+def stage(plan: DispatchPlan, *arrays: Shaped[Array, "T _"]) -> list[Array]:
+    """What a rank's direct peers are sent: over (node, gpu), tokens of other nodes too.
+
+    Several arrays cross the network as one message.
+    """
+    if isinstance(plan.route, FlatRoute) or len(arrays) == 1:
+        return [plan.route.stage(array) for array in arrays]
+    return unpack(plan.route.stage(pack(*arrays)), *widths(*arrays))
 
 
 def pack(*arrays: Shaped[Array, "T _"]) -> UInt8[Array, "T bytes"]:

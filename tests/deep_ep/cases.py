@@ -82,6 +82,7 @@ SETUPS = (
     Setup("data", mesh=(2, 4), axes=("data", "ep"), capacity=9),
     Setup("one_device", mesh=(1,), dtype="bfloat16", expert_alignment=4),
     Setup("one_device_drops", mesh=(1,), capacity=5),
+    Setup("one_device_two_axes", **{**_NODES, "mesh": (1, 1)}, dtype="bfloat16", capacity=5),
 )
 
 
@@ -93,7 +94,7 @@ def with_implementations(*setups: Setup) -> Any:
         + [
             pytest.param(setup, "cuda", id=f"{setup}-cuda", marks=pytest.mark.gpu)
             for setup in setups
-            if setup.mesh == (1,)
+            if set(setup.mesh) == {1}
         ],
     )
 

@@ -1,0 +1,180 @@
+"""What the tests with one process for each rank share; `make gpu-test-multirank` starts them.
+
+Every rank makes its own operands from a key; what differs between the implementations is counted
+on the devices and summed over all ranks. The mesh is ("node", "ep"), one node unless NODES says
+otherwise.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jax_ds import deep_ep
+from jax_ds.quantization import quantize_1x128
+from tests.gpu import multirank
+
+Array = jax.Array
+
+AXES = ("node", "ep")
+
+
+def group_size() -> int:
+    """Ranks along "ep"; joins the other ranks on the first call."""
+    if not multirank.started_here():
+        pytest.skip("run by make gpu-test-multirank")
+    return _join() // nodes()
+
+
+@functools.cache
+def _join() -> int:
+    return multirank.join()[1]
+
+
+def nodes() -> int:
+    return int(os.environ.get("JAX_DS_TEST_NODES", "1"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Static sizes of one program; experts are per rank, which number along `axes`."""
+
+    tokens: int = 96
+    hidden: int = 1024
+    top_k: int = 4
+    experts: int = 2
+    capacity: int | None = None
+    alignment: int = 1
+    dtype: str = "bfloat16"
+    num_sms: int | None = None
+    axes: tuple[str, ...] = ("ep",)
+    node_capacity: int | None = None
+
+    @property
+    def axis_name(self) -> str | tuple[str, ...]:
+        return self.axes if len(self.axes) > 1 else self.axes[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.experts * jax.lax.axis_size(self.axes)
+
+    def plan(self, expert_ids: Array) -> deep_ep.DispatchPlan:
+        return deep_ep.plan_dispatch(
+            expert_ids,
+            num_experts=self.num_experts,
+            axis_name=self.axis_name,
+            capacity=self.capacity,
+            node_capacity=self.node_capacity,
+            expert_alignment=self.alignment,
+        )
+
+
+ROUTINGS = ("uniform", "one_expert", "one_rank", "none", "ragged", "repeated", "not_experts")
+
+
+def expert_ids(sizes: Sizes, key: Array, routing: Array) -> Array:
+    """Expert ids `[T, K]` of this rank; `routing` indexes ROUTINGS."""
+    shape, num_experts = (sizes.tokens, sizes.top_k), sizes.num_experts
+    rank = jax.lax.axis_index(sizes.axes)
+    draws = jax.random.randint(key, shape, 0, num_experts)
+    one = jnp.where(jnp.arange(sizes.top_k)[None] == 1, num_experts // 2, -1)
+    kinds = [
+        draws,
+        jnp.broadcast_to(one, shape),
+        num_experts - 1 - draws % sizes.experts,
+        jnp.full(shape, -1),
+        jnp.where(jnp.arange(sizes.tokens)[:, None] % 5 <= rank % 4, draws, -1),
+        jnp.broadcast_to(draws[:, :1], shape),
+        draws * 2 - num_experts // 2,
+    ]
+    return jnp.stack(kinds)[routing].astype(jnp.int32)
+
+
+def on_ranks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of replicated arguments on every rank, jitted; results are summed over ranks."""
+    shape = (nodes(), jax.device_count() // nodes())
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
+
+    def per_rank(*args: Any) -> Any:
+        args = jax.tree.map(lambda a: jax.lax.pcast(a, AXES, to="varying"), args)
+        return jax.tree.map(lambda a: jax.lax.psum(a, AXES), function(*args))
+
+    mapped = jax.jit(jax.shard_map(per_rank, mesh=mesh, in_specs=P(), out_specs=P()))
+    return lambda *args: jax.tree.map(np.asarray, mapped(*args))
+
+
+def mine(key: Array) -> Array:
+    """A key that no other rank has."""
+    return jax.random.fold_in(key, jax.lax.axis_index(AXES))
+
+
+def everything(sizes: Sizes, key: Array, routing: Array, implementation: str) -> dict[str, Any]:
+    """Values and gradients of both functions on one rank."""
+    keys = jax.random.split(mine(key), 6)
+    dtype = jnp.dtype(sizes.dtype)
+    ids = expert_ids(sizes, keys[0], routing)
+    plan = sizes.plan(ids)
+    capacity = plan.row_source.shape[0]
+    options = {"implementation": implementation, "num_sms": sizes.num_sms}
+    x, g = jax.random.normal(keys[1], (2, sizes.tokens, sizes.hidden)).astype(dtype)
+    rows, d_rows = jax.random.normal(keys[2], (2, capacity, sizes.hidden)).astype(dtype)
+    rows = jnp.where(plan.row_source[:, None] >= 0, rows, jnp.nan)
+    weights = jax.random.normal(keys[3], ids.shape)
+    dispatched, pull = jax.vjp(lambda x: deep_ep.dispatch(x, plan, **options), x)
+    y, pull_combine = jax.vjp(lambda r, w: deep_ep.combine(r, plan, w, **options), rows, weights)
+    quantized = deep_ep.dispatch(quantize_1x128(x), plan, **options)
+    d_combine = pull_combine(g)
+    return {
+        "rows": dispatched,
+        "values": quantized.values,
+        "scales": quantized.scales,
+        "y": y,
+        "d_x": pull(d_rows)[0],
+        "d_combine_rows": d_combine[0],
+        "d_combine_weights": d_combine[1],
+    }
+
+
+def bits_of(a: Array) -> Array:
+    return jax.lax.bitcast_convert_type(
+        a, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
+    )
+
+
+def different(a: Array, b: Array) -> Array:
+    """Elements with other bits."""
+    return jnp.sum(bits_of(a) != bits_of(b), dtype=jnp.int32)
+
+
+def far(a: Array, b: Array, tolerance: float) -> Array:
+    """Elements further apart than the tolerance, or NaN."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.sum(~(jnp.abs(a - b) <= tolerance * (1 + jnp.abs(b))), dtype=jnp.int32)
+
+
+@functools.cache
+def compare(sizes: Sizes) -> Callable[..., Any]:
+    tolerance = 1e-5 if sizes.dtype == "float32" else 2e-2
+
+    def run(key: Array, routing: Array) -> dict[str, Array]:
+        got, want = (everything(sizes, key, routing, i) for i in ("cuda", "xla"))
+        exact = ("rows", "values", "scales", "d_combine_rows")
+        counts = {name: different(got[name], want[name]) for name in exact}
+        for name in ("y", "d_x", "d_combine_weights"):
+            counts[name] = far(got[name], want[name], tolerance)
+        # Behind a barrier: XLA would make one call of two that are equal.
+        again = everything(sizes, jax.lax.optimization_barrier(key), routing, "cuda")
+        for name in got:
+            counts[f"{name} again"] = different(got[name], again[name])
+        counts["live"] = jnp.sum(jnp.any(want["values"].astype(jnp.float32) != 0, axis=1))
+        return counts
+
+    return on_ranks(run)
