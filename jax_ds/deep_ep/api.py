@@ -176,8 +176,8 @@ def combine(
 
     A rank first adds a token's rows there in float32 and rounds that partial sum once to the dtype
     of the rows; the owner adds the partial sums in float32 in rank order and rounds the result.
-    Over (node, gpu), a node's partial sums are added in float32 and rounded once more before they
-    cross to another node. For float32 rows nothing but float32 addition rounds.
+    Over (node, gpu), a node's partial sums are added in float32, rounded once more, and the owner
+    adds the nodes' sums in node order. For float32 rows nothing but float32 addition rounds.
 
     Gradients: `d_rows[c] = weight_c * dispatch(g)[c]` and
     `d_weights_tk = <rows[row of (t, k)], g_t>`, 0 where the pair was dropped.

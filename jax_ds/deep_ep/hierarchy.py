@@ -42,6 +42,10 @@ class NodeRoute:
         """Sends each token once to each other node that needs it; this GPU's staged slots."""
         return _cross_nodes(x, self.node_token, self.node_axis)
 
+    def num_crossing(self) -> Int[Array, ""]:
+        """Tokens that this rank sends to other nodes, once to each node that needs one."""
+        return jnp.sum(self.node_token >= 0, dtype=jnp.int32)
+
     def spread(self, x: Shaped[Array, "T W"]) -> Shaped[Array, "B W"]:
         """Each token once to each node, then once to each rank of it that needs it."""
         return self.forward(self.stage(x))

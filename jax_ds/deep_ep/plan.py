@@ -8,6 +8,7 @@ if a token can need all of them, else the first of the token's K ids that names 
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,13 @@ class PlanSizes:
         return min(self.top_k, self.experts_per_rank)
 
 
+class TokensSent(NamedTuple):
+    """Records that a rank stores or sends to others in one dispatch, or receives in one combine."""
+
+    to_ranks: Int[Array, ""]  # over NVLink: other ranks of the axis, or other GPUs of the node
+    to_nodes: Int[Array, ""]  # over the network, filling not counted; 0 over one axis
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DispatchPlan:
@@ -89,6 +97,18 @@ class DispatchPlan:
     column: Int[Array, "B K"]
     route: FlatRoute | NodeRoute
     sizes: PlanSizes = dataclasses.field(metadata={"static": True})
+
+    def tokens_sent(self) -> TokensSent:
+        """How many records the kernels send from this rank; call it inside `jax.shard_map`.
+
+        Times the bytes of a record this is the traffic of its links: H * itemsize for tokens, and
+        4 * ceil(H/128) for the scales of a Quantized.
+        """
+        here = jax.lax.axis_index(self.sizes.direct_axes)
+        needed = self.route.needed
+        other = jnp.arange(needed.shape[0], dtype=jnp.int32)[:, None] != here
+        to_ranks = jnp.sum(needed & other, dtype=jnp.int32)
+        return TokensSent(to_ranks, self.route.num_crossing())
 
 
 @dataclasses.dataclass(frozen=True)

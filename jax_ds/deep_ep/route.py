@@ -37,6 +37,10 @@ class FlatRoute:
         """A token's result from the sums that `stage`'s slots have received: they are it."""
         return sums
 
+    def num_crossing(self) -> Int[Array, ""]:
+        """Tokens that leave this node by the network: none that this route knows of."""
+        return jnp.zeros((), jnp.int32)
+
     def spread(self, x: Shaped[Array, "T W"]) -> Shaped[Array, "B W"]:
         """Each token goes once to each rank that needs it; empty slots are zero."""
         send = mask_slots(self.needed, x)

@@ -180,27 +180,6 @@ def test_no_tokens_and_one_column(setup: Setup) -> None:
     assert not sizes.any() and not low_sizes.any() and not rows.astype(np.float32).any()
 
 
-def test_a_token_crosses_to_another_node_once() -> None:
-    """Counts what enters the exchange over the node axis: one record for each (token, node)."""
-    setup = Setup(
-        "nodes", mesh=(2, 4), axes=("node", "gpu"), expert_axes=("node", "gpu"), num_experts=32
-    )
-
-    def run(ids: Array) -> Any:
-        plan = deep_ep.plan_dispatch(ids, num_experts=32, axis_name=("node", "gpu"))
-        sent = jnp.sum(plan.route.node_token >= 0)
-        forwarded = jnp.sum(plan.route.needed)
-        return sent, forwarded
-
-    ids = cases.expert_ids("duplicates", 32)
-    sent, forwarded = on_mesh(setup, run)(ids)
-    nodes, ranks = ids // 16, ids // 4
-    here = np.arange(RANKS)[:, None] // 4
-    other_node = (nodes != here[:, :, None]).any(axis=2)
-    np.testing.assert_array_equal(sent, other_node.sum(axis=1))
-    assert forwarded.sum() == sum(len(set(token)) for token in ranks.reshape(-1, TOP_K))
-
-
 def _lowered(setup: Setup, platform: str) -> str:
     """The layer's forward and backward program, lowered for a platform that need not be here."""
     mesh = jax.make_mesh(setup.mesh, setup.axes, axis_types=(AxisType.Auto,) * len(setup.axes))
