@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ds import deep_ep
 from jax_ds._runtime import native
-from jax_ds.deep_ep import ffi
+from jax_ds.deep_ep import ffi, placement
 from jax_ds.quantization import quantize_1x128
 
 Array = jax.Array
@@ -57,7 +57,7 @@ def test_groups_are_those_of_collectives(
     made = {}
 
     def per_device(position: Array) -> Array:
-        made["groups"] = ffi.groups(names)
+        made["groups"] = placement.current().groups(names)
         return jax.lax.all_gather(position[0], names)[None]
 
     mapped = jax.shard_map(
@@ -196,7 +196,7 @@ def test_the_groups_of_the_axis_decide(
     monkeypatch.setattr(native, "why_not_nccl", lambda: None)
     if known:
         mesh = SetMesh({"data": 2, "ep": 4}, gpus)
-        monkeypatch.setattr(ffi, "get_concrete_mesh", lambda: mesh)
+        monkeypatch.setattr(placement, "get_concrete_mesh", lambda: mesh)
     assert len(_calls(_lowered())) == (3 if kernels else 0)
     if known and not kernels:
         with pytest.raises(NotImplementedError, match="a group of this axis has 2;"):
@@ -210,7 +210,7 @@ def test_set_mesh_tells_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def per_device(x: Array) -> Array:
-        seen.append(ffi._mesh_gpus())
+        seen.append(placement._mesh_gpus())
         return x
 
     def trace() -> None:
@@ -221,7 +221,7 @@ def test_set_mesh_tells_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with jax.set_mesh(mesh):
         trace()
         assert seen.pop() is None  # these are no GPUs
-        monkeypatch.setattr(ffi, "_PLATFORM", "cpu")
+        monkeypatch.setattr(placement, "_PLATFORM", "cpu")
         trace()
     assert seen.pop() == jax.devices()[::-1]
     trace()

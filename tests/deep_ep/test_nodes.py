@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_ds import deep_ep, moe
 from jax_ds._runtime import native
-from jax_ds.deep_ep import ffi
+from jax_ds.deep_ep import placement
 from jax_ds.quantization import quantize_1x128
 from tests.deep_ep import cases
 from tests.deep_ep.cases import RANKS, TOKENS, TOP_K, Setup
@@ -180,7 +180,7 @@ def _on(monkeypatch: pytest.MonkeyPatch, gpus: list[Gpu], *, known: bool) -> Non
     monkeypatch.setattr(native, "why_not_nccl", lambda: None)
     if known:
         mesh = SetMesh({"node": 2, "gpu": 4}, gpus)
-        monkeypatch.setattr(ffi, "get_concrete_mesh", lambda: mesh)
+        monkeypatch.setattr(placement, "get_concrete_mesh", lambda: mesh)
 
 
 @pytest.mark.parametrize(
