@@ -3,9 +3,16 @@
 Import this module before jax, and call `start` before any other use of jax.
 """
 
+import importlib.util
 import math
 import os
+import pathlib
+import sys
 from typing import Any
+
+# In a clone without an installed jax_ds the clone's sources serve.
+if importlib.util.find_spec("jax_ds") is None:
+    sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 # XLA sizes its CPU thread pool by this variable. Eight virtual devices that wait for each other
 # need more threads than a small machine has cores.
