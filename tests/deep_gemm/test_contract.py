@@ -257,10 +257,9 @@ def test_vmap(name: str, implementation: str) -> None:
 @pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no-vma"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_shard_map(name: str, kind: AxisType, check_vma: bool, implementation: str) -> None:
-    if jax.device_count() < 2:
-        pytest.skip("needs two devices")
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
-    stacked, expected = _pair(name, implementation)
+    devices = min(2, jax.device_count())  # a machine with one GPU runs the first of the pair
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,))
+    stacked, expected = jax.tree.map(lambda a: a[:devices], _pair(name, implementation))
 
     def run(*operands: Any) -> jax.Array:
         mine = jax.tree.map(lambda a: a[0], operands)
