@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 LAUNCHER = pathlib.Path(__file__).parent / "gpu" / "multirank.py"
 
 _PROGRAM = """
@@ -38,6 +40,19 @@ def test_every_rank_has_its_gpu_and_host(tmp_path: pathlib.Path) -> None:
         log = (tmp_path / "logs" / f"rank{rank}.txt").read_text().strip()
         assert log == f"rank {rank} of 4 on {rank} host node{rank // 2} shared False"
         assert f"---- rank {rank}: status 0" in result.stdout
+
+
+def test_an_mps_daemon_that_runs_is_used(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks on one GPU need MPS; there is no daemon to start here, and none is started."""
+    (tmp_path / "nvidia-cuda-mps-control.pid").write_text("1")
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    program = 'print(os.environ["CUDA_MPS_PIPE_DIRECTORY"])'
+    result = _run(tmp_path, program, "--ranks", "2", gpus="0")
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "logs" / "rank1.txt").read_text().splitlines()
+    assert lines == ["rank 1 of 2 on 0 host None shared True", str(tmp_path)]
 
 
 def test_a_failure_ends_the_others_and_is_the_status(tmp_path: pathlib.Path) -> None:

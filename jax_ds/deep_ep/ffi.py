@@ -16,7 +16,6 @@ from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes
 from jax_ds.deep_ep.xla import at_least_one, stage
 from jax_ds.quantization import Quantized
 
-MAX_RANKS = 32
 MAX_COLUMNS = 32
 MAX_SMS = 132
 # A token's bytes travel in pieces of 16.
@@ -77,9 +76,6 @@ def unsupported(sizes: PlanSizes, x: Any, num_sms: int | None) -> str | None:
     """Why the kernels cannot move tokens like those of x `[_, H]`; None if they can."""
     values = x.values if isinstance(x, Quantized) else x
     width = values.shape[1] * values.dtype.itemsize
-    ranks = jax.lax.axis_size(sizes.direct_axes)
-    if ranks > MAX_RANKS:
-        return f"its kernels serve at most {MAX_RANKS} ranks, the axis has {ranks}"
     if sizes.columns > MAX_COLUMNS:
         return f"its kernels serve at most {MAX_COLUMNS} experts of a rank per token"
     if width == 0 or width % _PIECE:

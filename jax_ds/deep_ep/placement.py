@@ -17,6 +17,7 @@ from jax._src.mesh import get_concrete_mesh
 
 from jax_ds._runtime import native
 
+MAX_RANKS = 32
 _PLATFORM = "gpu"
 
 
@@ -63,9 +64,14 @@ def current() -> Placement:
     return Placement(axes, gpus if of_mesh is None else of_mesh, known=of_mesh is not None)
 
 
-def why_no_windows(where: Placement, axes: tuple[str, ...]) -> str | None:
-    """Why ranks cannot address each other's memory, as far as it is known while tracing."""
+def why_no_windows(where: Placement, axes: tuple[str, ...], *, nccl: bool = True) -> str | None:
+    """Why ranks cannot address each other's memory, as far as it is known while tracing.
+
+    `nccl`: ask for this process's NCCL too.
+    """
     ranks = where.size(axes)
+    if ranks > MAX_RANKS:
+        return f"its kernels serve at most {MAX_RANKS} ranks, the axis has {ranks}"
     if ranks == 1 or not where.gpus:
         return None  # lowered on a machine without a GPU: as for a machine that has what it takes
     if where.known:
@@ -79,7 +85,7 @@ def why_no_windows(where: Placement, axes: tuple[str, ...]) -> str | None:
             f"its kernels serve the GPUs of one host, the axis has {ranks} ranks and "
             f"a host at most {most} of the GPUs"
         )
-    return native.why_not_nccl()
+    return native.why_not_nccl() if nccl else None
 
 
 def why_not_by_default(where: Placement, axes: tuple[str, ...]) -> str | None:
