@@ -128,9 +128,10 @@ def moe_layer(
     config = ExpertConfig(
         axis_name=axis_name, num_sms=num_sms, channel=channel, implementation=implementation
     )
+    shared = _shared_expert(x, params, precision, implementation)
     if low_latency:
         routed = experts.low_latency(
-            config, x, ids, weights, params.gate_up, params.down, precision
+            config, x, ids, weights, params.gate_up, params.down, precision, after=shared
         )
         dropped = jnp.zeros((), jnp.int32)
     else:
@@ -148,7 +149,6 @@ def moe_layer(
         gate_up, down = cast(tuple[Array, Array], (params.gate_up, params.down))
         routed = run(config, x, weights, gate_up, down, plan)
         dropped = plan.num_dropped
-    shared = _shared_expert(x, params, precision, implementation)
     y = (routed if shared is None else routed + shared).astype(x.dtype)
     return y, MoEStats(load=_load(ids, num_experts), num_dropped=dropped)
 
@@ -160,7 +160,8 @@ def _shared_expert(
     implementation: Implementation,
 ) -> BFloat16[Array, "T H"] | None:
     """The expert that sees every token. It depends on nothing of the exchange, so it can run
-    while tokens travel on the collective stream."""
+    while tokens travel on the collective stream; under low_latency it is done between the halves.
+    """
     if params.shared_gate_up is None or params.shared_down is None:
         return None
     hidden = experts.linear(x, params.shared_gate_up, precision, implementation)

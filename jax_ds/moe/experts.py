@@ -59,11 +59,15 @@ def low_latency(
     gate_up: Float[Array, "E_local 2F H"] | Quantized,
     down: Float[Array, "E_local H F"] | Quantized,
     precision: str,
+    after: Array | None,
 ) -> BFloat16[Array, "T H"]:
-    """The routed experts for decoding: fixed slots per expert, no counts exchanged beforehand."""
+    """The routed experts for decoding: fixed slots per expert, no counts exchanged beforehand.
+
+    `after` is computed while the tokens travel.
+    """
     impl = config.implementation
     experts = gate_up.shape[0] * jax.lax.axis_size(config.axis_name)
-    rows, sizes, handle = deep_ep.low_latency_dispatch(
+    in_flight = deep_ep.low_latency_dispatch_start(
         x,
         ids,
         num_experts=experts,
@@ -73,6 +77,7 @@ def low_latency(
         channel=config.channel,
         implementation=impl,
     )
+    rows, sizes, handle = deep_ep.low_latency_dispatch_finish(in_flight, after=after)
     if precision == "fp8":
         hidden = deep_gemm.fp8_masked_gemm(
             rows, _quantized(gate_up, impl), sizes, implementation=impl
