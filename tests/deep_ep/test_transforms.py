@@ -77,7 +77,8 @@ def test_scan_over_layers_with_remat(setup: Setup) -> None:
     _assert_close(got, want)
 
 
-def test_gradient_of_a_gradient() -> None:
+@pytest.mark.parametrize("setup", [FLAT, NODES], ids=str)
+def test_gradient_of_a_gradient(setup: Setup) -> None:
     x, weights = _operands(1)
     ids = cases.expert_ids("duplicates", EXPERTS)
 
@@ -90,12 +91,13 @@ def test_gradient_of_a_gradient() -> None:
 
         return jax.grad(first, argnums=(0, 1))(x, weights)
 
-    got = on_mesh(FLAT, functools.partial(second, functools.partial(_layer, FLAT)))
+    got = on_mesh(setup, functools.partial(second, functools.partial(_layer, setup)))
     want = jax.jit(functools.partial(second, _plain_layer))(x, weights, ids)
     _assert_close(got(x, weights, ids), want, 5e-4)
 
 
-def test_vmap() -> None:
+@pytest.mark.parametrize("setup", [FLAT, NODES], ids=str)
+def test_vmap(setup: Setup) -> None:
     x, weights = _operands(2, 2)
     ids = np.stack([cases.expert_ids(n, EXPERTS) for n in ("uniform", "ragged")], axis=1)
 
@@ -105,7 +107,8 @@ def test_vmap() -> None:
 
         return jax.vmap(jax.value_and_grad(loss, argnums=(0, 2)))(*operands)
 
-    _, got = on_mesh(FLAT, functools.partial(run, functools.partial(_layer, FLAT)))(x, ids, weights)
+    mapped = on_mesh(setup, functools.partial(run, functools.partial(_layer, setup)))
+    _, got = mapped(x, ids, weights)
     flat = [a.reshape(-1, *a.shape[2:]) for a in (x, ids, weights)]
     _, want = jax.jit(functools.partial(run, _plain_layer))(*flat)
     _assert_close([g.reshape(w.shape) for g, w in zip(got, want, strict=True)], want)
