@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from tests.gpu.record import PENDING, RESULTS, sources_sha256
+from tests.gpu.record import PENDING, RESULTS, RUNS, sources_sha256
 
 
 def _record() -> dict[str, Any]:
@@ -21,14 +21,18 @@ def test_the_record_is_of_these_sources() -> None:
     )
 
 
-def test_no_recorded_test_failed() -> None:
+def test_every_run_is_recorded_and_none_failed() -> None:
     record = _record()
     if not record:
         # Then the test above demands the reason.
         return
     assert record["complete"]
-    assert record["outcomes"]
-    assert [name for name, outcome in record["outcomes"].items() if outcome == "failed"] == []
+    assert set(record["runs"]) == set(RUNS)
+    for name, run in record["runs"].items():
+        outcomes = run["outcomes"]
+        assert run["status"] == 0, name
+        assert [test for test, outcome in outcomes.items() if outcome.startswith("failed")] == []
+        assert "passed" in outcomes.values(), name
 
 
 def test_the_digest_covers_names_and_contents(tmp_path: pathlib.Path) -> None:

@@ -78,3 +78,10 @@ def test_without_a_gpu_it_says_so(tmp_path: pathlib.Path) -> None:
     result = _run(tmp_path, "", gpus="")
     assert result.returncode == 2
     assert "no NVIDIA GPU" in result.stderr
+
+
+def test_a_program_may_name_its_rank(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, str(LAUNCHER), "--ranks", "2", "--", "touch", f"{tmp_path}/{{rank}}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "1"]

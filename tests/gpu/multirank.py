@@ -4,11 +4,11 @@
     python tests/gpu/multirank.py --ranks 8 -- python my_program.py
 
 Without a program it runs the tests marked `multigpu`; arguments after `--` that begin with `-` go
-to pytest. A program calls `tests.gpu.multirank.join()` first. Where there are fewer GPUs than
-ranks, ranks share them under MPS, and NCCL must be 2.30.4 or newer: `--nccl` names the library
-to use in place of the installed one. With `--nodes` NCCL takes equal parts of the ranks for
-separate hosts. Every rank's output goes to a file, the status of the first to fail is ours, and no
-rank outlives the timeout.
+to pytest. `{rank}` in them becomes the rank. A program calls `tests.gpu.multirank.join()` first.
+Where there are fewer GPUs than ranks, ranks share them under MPS, and NCCL must be 2.30.4 or newer:
+`--nccl` names the library to use in place of the installed one. With `--nodes` NCCL takes equal
+parts of the ranks for separate hosts. Every rank's output goes to a file, the status of the first
+to fail is ours, and no rank outlives the timeout.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def _run(
             with file.open("wb") as output:
                 ranks.append(
                     subprocess.Popen(
-                        command,
+                        [part.replace("{rank}", str(rank)) for part in command],
                         cwd=ROOT,
                         env=environment,
                         stdout=output,

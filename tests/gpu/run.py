@@ -1,8 +1,16 @@
-"""Runs the tests that need a Hopper GPU and records their outcomes: `make gpu-test`.
+"""Runs the tests that need a Hopper GPU and records every outcome: `make gpu-test`.
 
-Extra arguments go to pytest; with any, nothing is recorded, because the run is not complete.
+    python3 tests/gpu/run.py [--nccl /path/to/libnccl.so.2] [arguments of pytest]
+
+It needs the native module (`make setup`, or built elsewhere and put beside jax_ds/__init__.py) and,
+of the interpreter that runs it, JAX for CUDA, pytest, pytest-xdist and hypothesis. First come the
+tests of one process, then those of several ranks, which share the GPUs there are; ranks need NCCL
+2.30.4 or newer: `--nccl` names one to use in place of the installed one. With arguments for pytest
+only the first part runs and nothing is recorded, because the run is not complete.
 """
 
+import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -11,80 +19,158 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ET
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from tests.gpu.record import PENDING, RESULTS, ROOT, sources_sha256
+from tests.gpu.record import PENDING, RESULTS, ROOT, RUNS, sources_sha256
 
-_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvrtc", "nvidia-nccl-cu13")
+_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvrtc")
 # Compiling on the host dominates; the processes share the GPU.
-_PROCESSES = 6
+_PROCESSES = max(1, min(15, (os.cpu_count() or 1) - 1))
+# Searching the fastest product takes longer than the tests' small ones run.
+_XLA_FLAGS = "--xla_gpu_autotune_level=0"
+_MACHINE = """
+import json
+from jax_ds._runtime import native
+module = native.module()
+nccl = native.why_not_nccl() or module.nccl()
+print(json.dumps([module.driver(), module.nvrtc()[:2], nccl]))
+"""
 
 
-def main(arguments: list[str]) -> int:
-    """Pytest's exit status."""
-    digest = sources_sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        report = pathlib.Path(folder) / "report.xml"
-        status = _pytest(report, arguments)
-        outcomes = _outcomes(report) if report.exists() else {}
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What became of one of RUNS."""
+
+    status: int
+    seconds: float
+    outcomes: dict[str, str]  # "passed", "skipped: why" or "failed: how", by test
+
+    def count(self, outcome: str) -> int:
+        return sum(value.startswith(outcome) for value in self.outcomes.values())
+
+
+def main() -> int:
+    """Zero if everything ran and nothing failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nccl", default="", help="libnccl.so.2 for the tests of several ranks")
+    options, arguments = parser.parse_known_args()
     if arguments:
-        return status
-    record = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        **_machine(),
-        "sources_sha256": digest,
-        "complete": status == 0,
-        "outcomes": outcomes,
-    }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-    if status == 0:
-        PENDING.unlink(missing_ok=True)
-    print(f"{RESULTS.relative_to(ROOT)}: {len(outcomes)} tests, pytest's status {status}")
-    return status
+        return _one_process(arguments).status
+    digest, machine = sources_sha256(), _machine(options.nccl)
+    runs: dict[str, Run] = {}
+    for name, (ranks, nodes) in RUNS.items():
+        print(f"== {name}", flush=True)
+        if ranks == 1:
+            runs[name] = _one_process([])
+        elif isinstance(machine["nccl"], int):
+            runs[name] = _ranks(ranks, nodes, options.nccl)
+        else:
+            print(f"not run: {machine['nccl']}")
+        # After every run: one that is killed later has recorded what it had.
+        _record(digest, machine, runs)
+    return 0 if _complete(runs) else 1
 
 
-def _pytest(report: pathlib.Path, arguments: list[str]) -> int:
+def _one_process(arguments: list[str]) -> Run:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:benchmark"]
-    command += [f"--junitxml={report}"]
     if not any(argument.startswith("-n") for argument in arguments):
         command += ["-n", str(_PROCESSES)]
+    return _run(command, "--junitxml={reports}/all.xml", arguments, 1)
+
+
+def _ranks(ranks: int, nodes: int, nccl: str) -> Run:
+    command = [sys.executable, str(ROOT / "tests" / "gpu" / "multirank.py")]
+    command += ["--ranks", str(ranks), "--nodes", str(nodes), "--lines", "1"]
+    command += ["--nccl", nccl] if nccl else []
+    return _run([*command, "--"], "--junitxml={reports}/{rank}.xml", [], ranks)
+
+
+def _run(command: list[str], report: str, arguments: list[str], count: int) -> Run:
+    environment = dict(os.environ)
     # Several processes on one GPU: none may take all its memory at the start.
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment).returncode
+    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}".strip()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*command, report.replace("{reports}", folder), *arguments]
+        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        reports = sorted(pathlib.Path(folder).glob("*.xml"))
+        outcomes = _merged([_outcomes(file) for file in reports])
+        if len(reports) < count:
+            outcomes["all"] = f"failed: {count - len(reports)} of {count} processes left no report"
+    return Run(status, round(time.monotonic() - start, 1), outcomes)
 
 
 def _outcomes(report: pathlib.Path) -> dict[str, str]:
     outcomes = {}
     for case in ET.parse(report).getroot().iter("testcase"):
-        kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
-        name = f"{case.get('classname')}::{case.get('name')}"
-        outcomes[name] = {"failure": "failed", "error": "failed"}.get(*kinds[:1] or [""], "passed")
-        if kinds[:1] == ["skipped"]:
-            outcomes[name] = "skipped"
-    return dict(sorted(outcomes.items()))
+        outcome = "passed"
+        for child in case:
+            reason = " ".join(child.get("message", "").split())[:200]
+            if child.tag in ("failure", "error"):
+                outcome = f"failed: {reason}"
+            elif child.tag == "skipped":
+                outcome = f"skipped: {reason}"
+        outcomes[f"{case.get('classname')}::{case.get('name')}"] = outcome
+    return outcomes
 
 
-def _machine() -> dict[str, Any]:
+def _merged(ranks: list[dict[str, str]]) -> dict[str, str]:
+    """A test's outcome over all ranks: it failed where any failed, and passed where any passed."""
+    order = ("failed", "passed", "skipped")
+    merged: dict[str, str] = {}
+    for outcomes in ranks:
+        for name, outcome in outcomes.items():
+            seen = [outcome, *([merged[name]] if name in merged else [])]
+            merged[name] = min(seen, key=lambda value: order.index(value.split(":")[0]))
+    return dict(sorted(merged.items()))
+
+
+def _complete(runs: dict[str, Run]) -> bool:
+    return set(runs) == set(RUNS) and not any(run.status for run in runs.values())
+
+
+def _record(digest: str, machine: dict[str, Any], runs: dict[str, Run]) -> None:
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **machine,
+        "sources_sha256": digest,
+        "complete": _complete(runs),
+        "runs": {name: dataclasses.asdict(run) for name, run in runs.items()},
+    }
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    if record["complete"]:
+        PENDING.unlink(missing_ok=True)
+    for name, run in runs.items():
+        counts = ", ".join(f"{run.count(what)} {what}" for what in ("passed", "failed", "skipped"))
+        print(f"{name}: {counts} in {run.seconds} s, status {run.status}", flush=True)
+
+
+def _machine(nccl: str) -> dict[str, Any]:
     """GPU and versions, from a process of its own: this one must not hold the GPU."""
-    code = (
-        "import json; from jax_ds._runtime import native;"
-        "print(json.dumps([native.module().driver(), native.module().nvrtc()[:2]]))"
-    )
+    environment = {**os.environ, **({"LD_PRELOAD": nccl} if nccl else {})}
     output = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", _MACHINE],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     ).stdout
-    (driver, gpus), nvrtc = json.loads(output.splitlines()[-1])
+    (driver, gpus), nvrtc, nccl_version = json.loads(output.splitlines()[-1])
     versions = {"python": sys.version.split()[0], "nvrtc": ".".join(map(str, nvrtc))}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"gpu": gpus[0][0], "cuda_driver": driver, "versions": versions}
+    gpu = {"gpu": gpus[0][0], "gpus": len(gpus), "cuda_driver": driver}
+    return {**gpu, "nccl": nccl_version, "versions": versions}
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
