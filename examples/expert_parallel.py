@@ -6,7 +6,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from absl import app
 
 from jax_ds import deep_ep
 
@@ -30,4 +29,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

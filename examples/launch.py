@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 # In a clone without an installed jax_ds the clone's sources serve.
@@ -20,7 +21,7 @@ os.environ.setdefault("NPROC", "32")
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import app, flags, logging
 
 _MESH = flags.DEFINE_string(
     "mesh", "8", "expert-parallel devices: '8', or '2x4' for two nodes of four"
@@ -31,6 +32,20 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "join the processes that the cluster's environment describes (Slurm, ...)"
 )
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a program; a mistake in its flags ends it with the sentence that says so."""
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except ValueError as error:
+            if not str(error).startswith("--"):
+                raise
+            sys.exit(str(error))
+
+    app.run(guarded)
 
 
 def start() -> tuple[jax.sharding.Mesh, str | tuple[str, ...]]:
@@ -66,5 +81,9 @@ def _sizes() -> tuple[int, ...]:
 
 def shard(batch: np.ndarray[Any, Any], mesh: jax.sharding.Mesh) -> jax.Array:
     """Splits a batch that every process holds whole over all devices of the mesh."""
+    if batch.shape[0] % mesh.size:
+        raise ValueError(
+            f"--batch: must be a multiple of the {mesh.size} devices, got {batch.shape[0]}"
+        )
     sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])

@@ -91,7 +91,10 @@ def serve(
 
 def load_config(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> models.ModelConfig:
     """The model's configuration, for the mesh at hand instead of the one that trained it."""
-    stored = json.loads((folder / "config.json").read_text())
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"--model: must be a folder that training wrote, got {folder}")
+    stored = json.loads(file.read_text())
     names = mesh.axis_names
     stored["axis_name"] = names[0] if len(names) == 1 else names
     return dataclasses.replace(models.ModelConfig(), **stored)
@@ -117,4 +120,4 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("prompt", [], "texts to continue (default: a few of Python)")
     flags.DEFINE_integer("new_bytes", 96, "about how many bytes each prompt is continued by")
     flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest byte")
-    app.run(main)
+    launch.run(main)

@@ -15,6 +15,7 @@ import launch  # isort: skip; sets up the environment before jax is imported
 import csv
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -86,6 +87,8 @@ class Run:
     def resume(self) -> None:
         specs = models.state_specs(self.config, self.train)
         path = self.folder / "checkpoint.npz"
+        if not path.exists():
+            raise ValueError(f"--resume: must have a checkpoint in --out, got {self.folder}")
         self.state = models.load_tree(path, self.state, self.mesh, specs)
         with (self.folder / "loss.csv").open(newline="") as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
@@ -231,6 +234,13 @@ def main(argv: list[str]) -> None:
     mesh, axis_name = launch.start()
     main_process = jax.process_index() == 0
     data = text.load(_DATA.value)
+    if _LENGTH.value >= data.held_out.size:
+        raise ValueError(f"--length: must be below {data.held_out.size}, got {_LENGTH.value}")
+    if _EXPERTS.value % math.lcm(mesh.size, models.ModelConfig.num_groups):
+        raise ValueError(
+            f"--experts: must be a multiple of the {mesh.size} devices and of the "
+            f"{models.ModelConfig.num_groups} groups, got {_EXPERTS.value}"
+        )
     run = start_run(mesh, axis_name)
     if main_process:
         count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
@@ -262,4 +272,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

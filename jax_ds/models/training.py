@@ -1,6 +1,7 @@
 """Training: loss, gradients over the mesh, AdamW, and the balancing of the experts."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
+from jax_ds._core.checks import check
 from jax_ds._runtime.varying import to_varying
 from jax_ds.models.config import ModelConfig
 from jax_ds.models.model import forward
@@ -54,7 +56,12 @@ class Metrics(NamedTuple):
 
 
 def init_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, seed: int) -> TrainState:
-    """The state before the first step, placed on `mesh`; the same on any mesh for a seed."""
+    """The state before the first step, placed on `mesh`; the same on any mesh for a seed.
+
+    Raises:
+      ValueError: where `mesh` lacks the model's axes, or they do not divide its experts.
+    """
+    _check_mesh(model, mesh)
 
     def build() -> TrainState:
         params = init_params(model, jax.random.key(seed))
@@ -63,6 +70,16 @@ def init_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, seed: int) ->
     specs = state_specs(model, train)
     placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     return jax.jit(build, out_shardings=placed)()
+
+
+def _check_mesh(model: ModelConfig, mesh: Mesh) -> None:
+    name = model.axis_name
+    axes = (name,) if isinstance(name, str) else tuple(name)
+    known = set(axes) <= set(mesh.axis_names)
+    check(known, "axis_name", f"must name axes of the mesh {mesh.axis_names}", model.axis_name)
+    ranks = math.prod(mesh.shape[axis] for axis in axes)
+    rule = f"must be a multiple of the {ranks} ranks of axis_name"
+    check(model.num_experts % ranks == 0, "num_experts", rule, model.num_experts)
 
 
 def state_specs(model: ModelConfig, train: TrainConfig) -> TrainState:

@@ -148,6 +148,39 @@ def test_killed_between_checkpoints(environment: dict[str, str], tmp_path: pathl
 
 
 @pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--mesh=8x"], "--mesh: must be a number or NODESxGPUS, got '8x'"),
+        (["--batch=7"], "--batch: must be a multiple of the 8 devices, got 7"),
+        (["--experts=12"], "--experts: must be a multiple of the 8 devices and of the 4 groups, "),
+        (["--resume"], "--resume: must have a checkpoint in --out, got "),
+        (["--data=nowhere"], "--data: must name a file or a folder, got 'nowhere'"),
+    ],
+)
+def test_a_wrong_flag_ends_with_one_sentence(
+    flags: list[str], sentence: str, tmp_path: pathlib.Path
+) -> None:
+    train = ROOT / "examples" / "train_deepseek_v3.py"
+    done = subprocess.run(
+        [sys.executable, train, *SMALL, f"--out={tmp_path / 'out'}", *flags],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(sentence)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_clone_without_installation(tmp_path: pathlib.Path) -> None:
+    """From any folder, with nothing of ours on the path."""
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"}
+    command = [sys.executable, ROOT / "examples" / "expert_parallel.py", "--mesh=2"]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
     ("name", "least", "most"),
     [("flash_mla_decode", 0.01, 1.0), ("fp8_linear", 1e-4, 0.01), ("expert_parallel", 0.0, 0.0)],
 )

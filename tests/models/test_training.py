@@ -135,6 +135,26 @@ def test_weight_decay_spares_norms_router_and_bias() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"axis_name": "rank"},
+            "axis_name: must name axes of the mesh ('ep',), got rank",
+        ),
+        (
+            {"num_experts": 12},
+            "num_experts: must be a multiple of the 8 ranks of axis_name, got 12",
+        ),
+    ],
+)
+def test_mesh_errors(changes: dict[str, Any], message: str) -> None:
+    mesh, _ = tiny.mesh(8)
+    with pytest.raises(ValueError) as error:
+        models.init_state(tiny.config(**changes), tiny.TRAIN, mesh, seed=0)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"precision": "fp4"}, "precision: must be one of 'fp8', 'bf16', got 'fp4'"),
         (
             {"num_dense_layers": 2},
