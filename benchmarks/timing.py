@@ -166,9 +166,7 @@ def results_file() -> pathlib.Path:
 
 
 def save(room: str, timings: Mapping[str, Timing], notes: Mapping[str, Any] | None = None) -> None:
-    """Replaces `room`'s part of the results file, keeping the other rooms' parts."""
-    file = results_file()
-    results = json.loads(file.read_text()) if file.exists() else {}
+    """Stores what `measure` found."""
     rows = {
         name: {
             "us": round(t.us, 2),
@@ -179,7 +177,14 @@ def save(room: str, timings: Mapping[str, Timing], notes: Mapping[str, Any] | No
         }
         for name, t in timings.items()
     }
-    results[room] = {"machine": machine(), **(notes or {}), "rows": rows}
+    store(room, {**(notes or {}), "rows": rows})
+
+
+def store(room: str, part: Mapping[str, Any]) -> None:
+    """Replaces `room`'s part of the results file, keeping the other rooms' parts."""
+    file = results_file()
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results[room] = {"machine": machine(), **part}
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
 

@@ -112,6 +112,18 @@ void GetKernel(const jit::KernelSpec& spec) {
   ValueOrThrow(jit::GetKernel(spec));
 }
 
+// What a program's first use of a kernel costs on a GPU once it is compiled, in seconds: reading it
+// from the disk cache, and loading its code.
+nb::tuple LoadKernel(const jit::KernelSpec& spec, int ordinal) {
+  jit::Compiler* compiler = ValueOrThrow(jit::ProcessCompiler());
+  jit::Compilation compilation = ValueOrThrow(compiler->Compile(spec, /*use_cache=*/true));
+  const auto start = std::chrono::steady_clock::now();
+  Error error = compilation.kernel->Load(ordinal);
+  if (error.failure()) throw std::runtime_error(error.message());
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+  return nb::make_tuple(compilation.seconds, elapsed.count());
+}
+
 nb::tuple NvrtcVersion() {
   jit::Compiler* compiler = ValueOrThrow(jit::ProcessCompiler());
   const jit::Nvrtc* nvrtc = ValueOrThrow(compiler->nvrtc());
@@ -187,6 +199,8 @@ NB_MODULE(_jax_ds, m) {
   m.def("kernels", &Kernels, "Every kernel configuration: [(room, KernelSpec)].");
   m.def("compile", &CompileKernel, nb::arg("spec"), nb::arg("use_cache") = true,
         "Compiles a kernel or reads it from the cache; a report of what it needs.");
+  m.def("load", &LoadKernel, nb::arg("spec"), nb::arg("ordinal") = 0,
+        "Loads a compiled kernel on a GPU: seconds of (reading the cache, loading the code).");
   m.def("get_kernel", &GetKernel, nb::arg("spec"),
         "What a handler's Instantiate stage does: one compilation however many threads ask.");
   m.def("explain_gemm", &ExplainGemm, nb::arg("mode"), nb::arg("output"), nb::arg("m"),

@@ -49,6 +49,13 @@ def test_tables_show_matching_rows_beside_their_yardsticks() -> None:
     assert not [line for line in lines if line.startswith("| yardstick")]
 
 
+def test_the_table_of_startup_times() -> None:
+    row = {"kernels": 3, "compile_s": [0.5, 1.25], "read_ms": [2.0, 3.0], "load_ms": [0.1, 0.25]}
+    text = "<!-- benchmarks startup -->\n<!-- end -->\n"
+    filled = tables.fill(text, {"startup": {"rows": {"deep_gemm": row}}})
+    assert "| deep_gemm | 3 | 0.5, 1.25 | 2.0, 3.0 | 0.1, 0.25 |" in filled.splitlines()
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_overview_names_every_public_name(room: str) -> None:
     text = (ROOT / "docs" / "api.md").read_text()
