@@ -44,6 +44,9 @@ def join() -> tuple[int, int]:
 
     rank, ranks = int(os.environ["JAX_DS_TEST_RANK"]), int(os.environ["JAX_DS_TEST_RANKS"])
     address = os.environ["JAX_DS_TEST_COORDINATOR"]
+    # The first rank compiles a program and hands it to the others, by way of the cache.
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_DS_TEST_CACHE"])
+    jax.config.update("jax_share_binary_between_hosts", True)
     jax.distributed.initialize(address, ranks, rank, local_device_ids=[0])
     return rank, ranks
 
@@ -100,11 +103,12 @@ def _run(
     ranks: list[subprocess.Popen[bytes]] = []
     files = [logs / f"rank{rank}.txt" for rank in range(options.ranks)]
     try:
+        cache = logs / "compiled"
         for rank, file in enumerate(files):
             environment = {
                 **os.environ,
                 **mps,
-                **_environment(rank, options, gpus),
+                **_environment(rank, options, gpus, cache),
                 "JAX_DS_TEST_COORDINATOR": address,
             }
             with file.open("wb") as output:
@@ -128,12 +132,15 @@ def _run(
     return max(statuses) or int(any(statuses))
 
 
-def _environment(rank: int, options: argparse.Namespace, gpus: int) -> dict[str, str]:
+def _environment(
+    rank: int, options: argparse.Namespace, gpus: int, cache: pathlib.Path
+) -> dict[str, str]:
     per_gpu = -(-options.ranks // gpus)
     environment = {
         "JAX_DS_TEST_RANK": str(rank),
         "JAX_DS_TEST_RANKS": str(options.ranks),
         "JAX_DS_TEST_NODES": str(options.nodes),
+        "JAX_DS_TEST_CACHE": str(cache),
         "CUDA_VISIBLE_DEVICES": str(rank % gpus),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
