@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,8 +40,7 @@ class _Types:
 class _Residuals(NamedTuple):
     rows: Quantized  # [C, H] the tokens as they arrived
     hidden: BFloat16[Array, "C 2F"]
-    out: BFloat16[Array, "C H"]
-    weights: Float32[Array, "T k"]
+    combine: Any  # the transpose of combine in the second product and the weights
     gate_up_t: Quantized  # [E_local, H, 2F]
     down_t: Quantized  # [E_local, F, H]
     plan: deep_ep.DispatchPlan
@@ -83,9 +81,12 @@ def _fwd(
     num_rows = jnp.sum(sizes, dtype=jnp.int32)
     act = quantization.swiglu_quantize_1x128(hidden, num_rows, implementation=impl)
     out = deep_gemm.fp8_grouped_gemm(act, down_q, sizes, implementation=impl)
-    y = deep_ep.combine(out, plan, weights, **config.exchange)
+    # Taken here, the transpose keeps the weights of the received rows: they need not travel again.
+    y, combine_vjp = jax.vjp(
+        lambda out, weights: deep_ep.combine(out, plan, weights, **config.exchange), out, weights
+    )
     types = _Types(tuple(jax.typeof(primal) for primal in (x, weights, gate_up, down)))
-    return y, _Residuals(rows, hidden, out, weights, gate_up_t, down_t, plan, types)
+    return y, _Residuals(rows, hidden, combine_vjp, gate_up_t, down_t, plan, types)
 
 
 def _bwd(
@@ -99,9 +100,7 @@ def _bwd(
     grouped = functools.partial(deep_gemm.fp8_grouped_gemm, group_sizes=sizes, implementation=impl)
     wgrad = functools.partial(deep_gemm.fp8_grouped_wgrad, group_sizes=sizes, implementation=impl)
     # Each row's share of g travels in bfloat16, as in DeepSeek-V3.
-    combine: Callable[..., Any] = functools.partial(deep_ep.combine, **config.exchange)
-    _, combine_vjp = jax.vjp(lambda out, w: combine(out, plan, w), saved.out, saved.weights)
-    d_out, d_weights = combine_vjp(g)
+    d_out, d_weights = saved.combine(g)
 
     d_out_rows, d_out_columns = both(d_out)
     _, act_columns = quantization.swiglu_quantize_1x128_both(
@@ -114,7 +113,7 @@ def _bwd(
     _, x_columns = both(x, scale_dtype="ue8m0")
     d_gate_up = wgrad(d_hidden_columns, x_columns)
     d_rows = grouped(d_hidden_rows, saved.gate_up_t)
-    dx = combine(d_rows, plan, None)
+    dx = deep_ep.combine(d_rows, plan, None, **config.exchange)
 
     cotangents = tuple(
         match_primal(ct.astype(primal.dtype), primal)

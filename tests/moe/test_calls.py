@@ -1,0 +1,82 @@
+"""What the layer is for CUDA: kernels of all three systems, few messages, nothing on the host."""
+
+import collections
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import pytest
+
+from jax_ds.moe import MoEParams, moe_layer
+from tests.moe import cases
+from tests.moe.cases import CASES, MoECase
+
+
+def _program(case: MoECase, *, backward: bool) -> str:
+    given = cases.inputs(case)
+    tokens = jax.P(case.axis_name)
+
+    def layer(x: Any, params: MoEParams) -> Any:
+        return moe_layer(x, params, **case.layer)[0]
+
+    mapped = jax.shard_map(
+        layer,
+        mesh=cases.make_mesh(case),
+        in_specs=(tokens, cases.param_specs(case, given.params)),
+        out_specs=tokens,
+    )
+
+    def both(x: Any, params: MoEParams, cotangent: Any) -> Any:
+        y, pull = jax.vjp(mapped, x, params)
+        return y, pull(cotangent)
+
+    program = jax.jit(both).trace(*given) if backward else jax.jit(mapped).trace(*given[:2])
+    return program.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _counts(text: str) -> collections.Counter[str]:
+    found = re.findall(r"custom_call @jax_ds_(\w+)", text)
+    return collections.Counter([*found, *re.findall(r"stablehlo\.(all_\w+)", text)])
+
+
+# Ids and weights, and back the products for the weights; over two axes each goes over both, and
+# tokens and sums cross the first.
+MESSAGES = {(8,): (2, 3), (2, 4): (6, 10)}
+
+
+@pytest.mark.parametrize("mesh", MESSAGES, ids=str)
+def test_one_kernel_each_way(mesh: tuple[int, ...]) -> None:
+    """FP8 tokens there, cotangents there; sums back, gradients back. The shared expert's two
+    products have weights and rows to quantize of their own."""
+    case = dataclasses.replace(CASES[0], mesh=mesh)
+    forward, both = MESSAGES[mesh]
+    assert _counts(_program(case, backward=False)) == {
+        "deep_ep_dispatch": 1,
+        "deep_ep_combine": 1,
+        "gemm": 4,
+        "quantize_rows": 4,  # x twice, the routed SwiGLU, the shared one
+        "quantize_tiles": 4,
+        "all_to_all": forward,
+    }
+    counts = _counts(_program(case, backward=True))
+    assert (counts["deep_ep_dispatch"], counts["deep_ep_combine"]) == (2, 2)
+    assert counts["gemm"] == 3 * 4
+    assert counts["all_to_all"] == both
+    assert counts["all_gather"] == 0
+
+
+def test_swiglu_is_fused_with_its_quantizer() -> None:
+    """The routed experts' activation exists in FP8 only: no bfloat16 one of [C, F] is made."""
+    case = dataclasses.replace(CASES[0], shared=0, hidden=256, ffn=96)
+    rows = 8 * case.tokens * min(case.k, 2)
+    text = _program(case, backward=False)
+    assert f"tensor<{rows}x192xbf16>" in text
+    assert f"tensor<{rows}x96xf8E4M3FN>" in text
+    assert f"tensor<{rows}x96xbf16>" not in text
+
+
+def test_nothing_waits_for_the_host() -> None:
+    text = _program(CASES[0], backward=True)
+    for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv"):
+        assert word not in text
