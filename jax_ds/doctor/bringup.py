@@ -69,9 +69,9 @@ def run(options: argparse.Namespace) -> int:
     if len(devices) != jax.process_count():
         raise SystemExit("doctor --ranks: must have one device a process; see --device")
     where = arrange(devices)
-    mesh = jax.make_mesh(
-        tuple(where.axes.values()), AXES, (AxisType.Auto,) * 2, devices=list(where.gpus)
-    )
+    # In our order: a rank is a position in the mesh.
+    grid = np.array(where.gpus).reshape(tuple(where.axes.values()))
+    mesh = jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
     on_gpu = devices[0].platform == "gpu"
     mib = options.mib or (64.0 if on_gpu else 1.0)
     tokens = max(1, round(mib * 2**20 / (4 * _HIDDEN)))

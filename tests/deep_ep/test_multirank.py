@@ -46,6 +46,7 @@ SIZES = {
     "drops": Sizes(tokens=200, hidden=512, top_k=8, experts=32, capacity=384, alignment=128),
     "float32": Sizes(tokens=7, hidden=640, top_k=16, experts=3, dtype="float32", num_sms=1),
     "widest": Sizes(tokens=24, hidden=8192, top_k=16, experts=64),
+    "many_tokens": Sizes(tokens=8192, hidden=512, top_k=2, experts=1),
     "least": Sizes(tokens=1, hidden=512, top_k=1, experts=1),
     "no_tokens": Sizes(tokens=0, hidden=512, experts=64),
 }
