@@ -27,7 +27,10 @@ from jax_ds.doctor import bringup, kernels, launch, mesh, report
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what is asked for; 0 unless a problem was found."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.rank is not None and None in (options.ranks, options.coordinator):
+        parser.error("--rank: needs --ranks and --coordinator too")
     if options.compile:
         return kernels.compile_all(options.room, options.cached)
     if options.ranks is None and not options.distributed:

@@ -7,6 +7,7 @@ too long says for whom and ends.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
@@ -53,13 +54,17 @@ def join(options: argparse.Namespace) -> None:
     """Makes this process one of the ranks."""
     if options.distributed:
         jax.distributed.initialize()
-    else:
+        return
+    # Ours comes first: JAX's timeout ends in a stack trace.
+    patience = int(options.timeout) + 60
+    absent = f"rank {options.rank}: not all {options.ranks} ranks came to {options.coordinator}"
+    with _bounded(options.timeout, absent):
         jax.distributed.initialize(
             options.coordinator,
             options.ranks,
             options.rank,
             local_device_ids=[options.device],
-            initialization_timeout=int(options.timeout),
+            initialization_timeout=patience,
         )
 
 
@@ -246,18 +251,16 @@ def _meet(
     ]
 
 
-class _bounded:
-    """Ends the process with a sentence if the block takes longer than `seconds`."""
-
-    def __init__(self, seconds: float, sentence: str) -> None:
-        self._timer = threading.Timer(seconds, functools.partial(_give_up, sentence, seconds))
-        self._timer.daemon = True
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+@contextlib.contextmanager
+def _bounded(seconds: float, sentence: str) -> Iterator[None]:
+    """Ends the process with the sentence if the block takes longer."""
+    timer = threading.Timer(seconds, _give_up, (sentence, seconds))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _give_up(sentence: str, seconds: float) -> None:

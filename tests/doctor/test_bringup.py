@@ -64,6 +64,12 @@ def test_one_process_is_no_bring_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "--ranks: must be at least 2, got 1\n"
 
 
+def test_a_rank_alone_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        doctor.main(["--rank", "1", "--ranks", "2"])
+    assert "--rank: needs --ranks and --coordinator too" in capsys.readouterr().err
+
+
 def test_more_ranks_than_gpus(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +107,19 @@ def test_a_rate_that_cannot_be_reached_is_a_problem() -> None:
     assert "GB/s each way  slow" in done.stdout
     assert "1 links, 1 with problems" in done.stdout
     assert "ended with status" not in done.stdout
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_come_are_missed() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "jax_ds.doctor", "--ranks", "2", "--rank", "0"]
+    command += ["--coordinator", address, "--timeout", "3"]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    sentence = f"failed: rank 0: not all 2 ranks came to {address} within 3 s"
+    assert done.stdout.splitlines() == [sentence]
 
 
 @pytest.mark.slow
