@@ -92,10 +92,12 @@ def combine(
     weights: Float[Array, "R T K"],
     expert_ids: Int[np.ndarray, "R T K"],
     partial_dtype: Any = jnp.float32,
+    num_nodes: int = 1,
 ) -> Float[Array, "R T H"]:
     """`y[source, token] = sum of weight * rows[rank, row]`, float32.
 
-    Rows of one rank are added first and rounded to `partial_dtype`.
+    Rows of one rank are added first and rounded to `partial_dtype`; with several nodes, so are the
+    sums of a node.
     """
     num_ranks, num_tokens, _ = weights.shape
     held = routing.expert >= 0
@@ -106,7 +108,11 @@ def combine(
     partial = jnp.zeros((num_ranks, num_ranks, num_tokens, rows.shape[2]), jnp.float32)
     here = jnp.arange(num_ranks)[:, None]
     partial = partial.at[here, routing.source, routing.token].add(terms)
-    return jnp.sum(partial.astype(partial_dtype).astype(jnp.float32), axis=0)
+    partial = partial.astype(partial_dtype).astype(jnp.float32)
+    nodes = jnp.sum(partial.reshape(num_nodes, -1, *partial.shape[1:]), axis=1)
+    if num_nodes > 1:
+        nodes = nodes.astype(partial_dtype).astype(jnp.float32)
+    return jnp.sum(nodes, axis=0)
 
 
 def hand_out(counts: Sequence[int], capacity: int, alignment: int) -> list[int]:

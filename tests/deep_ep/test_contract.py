@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_ds.deep_ep import reference
 from jax_ds.deep_ep.reference import Routing
@@ -70,16 +71,24 @@ def test_values_and_gradients(setup: Setup, implementation: str) -> None:
                 )
 
 
-def test_combine_rounds_each_ranks_sum_once() -> None:
-    setup = next(s for s in SETUPS if s.name == "bfloat16")
+@pytest.mark.parametrize("mesh", [(8,), (2, 4), (4, 2)], ids=str)
+def test_combine_rounds_each_sum_once(mesh: tuple[int, ...]) -> None:
+    """A rank's sum, and over two axes a node's, own or other."""
+    axes = ("ep",) if len(mesh) == 1 else ("node", "gpu")
+    setup = Setup("rounding", mesh=mesh, axes=axes, expert_axes=axes, dtype="bfloat16")
     ids = cases.expert_ids("uniform", setup.num_experts)
     (routing,) = routings_of(setup, ids)
     given = operands(setup, [routing])
     got = contract_program(setup, "xla")(ids, *(given[k] for k in OPERANDS))["y"]
-    once = reference.combine(given["rows"], routing, given["weights"], ids, jnp.bfloat16)
-    never = reference.combine(given["rows"], routing, given["weights"], ids)
-    np.testing.assert_array_equal(got, np.asarray(once.astype(jnp.bfloat16)))
-    assert np.any(got != np.asarray(never.astype(jnp.bfloat16)))
+
+    def rounded(num_nodes: int, partial_dtype: Any) -> np.ndarray:
+        rows, weights = given["rows"], given["weights"]
+        y = reference.combine(rows, routing, weights, ids, partial_dtype, num_nodes)
+        return np.asarray(y.astype(jnp.bfloat16))
+
+    np.testing.assert_array_equal(got, rounded(setup.num_nodes, jnp.bfloat16))
+    assert np.any(got != rounded(1, jnp.float32))
+    assert len(mesh) == 1 or np.any(got != rounded(1, jnp.bfloat16))
 
 
 def test_setups_drop_where_they_mean_to() -> None:
