@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_ds.moe import MoEParams, moe_layer
+from jax_ds.quantization import quantize_128x128
 
 HIDDEN, FFN, EXPERTS = 32, 16, 8
 
@@ -93,6 +94,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown precision": (
         lambda: _trace(precision="fp4"),
         "precision: must be one of 'fp8', 'bf16', got 'fp4'",
+    ),
+    "quantized experts for training": (
+        lambda: _trace(_params(gate_up=quantize_128x128(jnp.zeros((4, 2 * FFN, HIDDEN))))),
+        "params.gate_up: may be Quantized with precision='fp8' and low_latency=True only, got "
+        "precision='fp8', low_latency=False",
     ),
     "more experts than the groups hold": (
         lambda: _trace(k=5, num_groups=4, top_groups=2),
