@@ -135,8 +135,8 @@ doctor: setup  ## what this machine has, what will run natively and why; ARGS=--
 	$(PY) -m jax_ds.doctor $(ARGS)
 
 .PHONY: gpu-test
-gpu-test: setup  ## the tests that need a Hopper GPU; writes tests/gpu/results.json
-	$(PY) tests/gpu/run.py $(ARGS)
+gpu-test: setup  ## the tests that need a Hopper GPU; writes tests/gpu/results.json; NCCL=/path/to/libnccl.so.2
+	$(PY) tests/gpu/run.py $(if $(NCCL),--nccl $(NCCL)) $(ARGS)
 
 RANKS ?= 8
 NODES ?= 1
