@@ -35,6 +35,8 @@ AXES = ("host", "gpu")
 _HIDDEN = 1024
 # Odd, so that a message ends at the partner.
 _REPEATS = 15
+# The fastest of these counts: other work on the machine must not make a link slow.
+_TIMES = 3
 # Of the median of links of its kind: below it a link is slow.
 _SLOW = 0.7
 
@@ -220,7 +222,7 @@ def _meet(
     tokens: int,
     timeout: float,
 ) -> list[Measured]:
-    """One round: runs the program twice, times the second, and gathers what all ranks found."""
+    """One round: runs the program, times it three more times, gathers what all ranks found."""
     rank = [d.process_index for d in where.gpus].index(jax.process_index())
     sharding = NamedSharding(mesh, P(AXES))
     given = jax.make_array_from_callback(
@@ -229,11 +231,14 @@ def _meet(
     with _bounded(timeout, f"rank {rank}: nothing came from rank {partner[rank]} by {by}"):
         compiled = program.lower(given).compile()
         jax.block_until_ready(compiled(given))
-        multihost_utils.sync_global_devices("together")
-        start = time.perf_counter()
-        _, wrong = jax.block_until_ready(compiled(given))
-        seconds = (time.perf_counter() - start) / _REPEATS
-        mine = np.array([seconds, int(np.asarray(wrong.addressable_data(0))[0])], np.float64)
+        seconds, wrong = float("inf"), 0
+        for _ in range(_TIMES):
+            multihost_utils.sync_global_devices("together")
+            start = time.perf_counter()
+            _, counted = jax.block_until_ready(compiled(given))
+            seconds = min(seconds, (time.perf_counter() - start) / _REPEATS)
+            wrong += int(np.asarray(counted.addressable_data(0))[0])
+        mine = np.array([seconds, wrong], np.float64)
         found = np.asarray(multihost_utils.process_allgather(mine))
     # Gathered by process; ranks are positions in the mesh.
     found = found[[d.process_index for d in where.gpus]]

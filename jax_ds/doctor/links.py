@@ -22,7 +22,7 @@ def nvlink(report: str) -> str:
         elif gpus and (rate := re.search(r"Link \d+: ([\d.]+) GB/s", line)):
             gpus[-1].append(float(rate[1]))
     if not gpus:
-        return "unknown: nvidia-smi lists no GPU"
+        return "unknown: nvidia-smi shows none"
     kinds = sorted({(len(links), round(sum(links))) for links in gpus})
     texts = [f"{n} links, {total} GB/s each way" if n else "no active link" for n, total in kinds]
     return f"{len(gpus)} GPUs: {' or '.join(texts)}"

@@ -185,7 +185,7 @@ def test_nvlink_of_each_gpu() -> None:
     assert links.nvlink(inactive) == "1 GPUs: no active link"
     mixed = gpu.format(0) + link.format(0) + gpu.format(1)
     assert links.nvlink(mixed) == "2 GPUs: no active link or 1 links, 27 GB/s each way"
-    assert links.nvlink("") == "unknown: nvidia-smi lists no GPU"
+    assert links.nvlink("") == "unknown: nvidia-smi shows none"
 
 
 def test_cards_between_hosts(tmp_path: pathlib.Path) -> None:
