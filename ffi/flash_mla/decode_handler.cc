@@ -67,8 +67,8 @@ Error CheckBuffers(const DecodeState& state, const Buffers& b) {
       CheckBuffer("partial_lse", b.partial_lse, DataType::F32, {b.partial_out.dimensions()[0]}));
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("parts", b.parts, DataType::S32, {B, 2}));
   const int64_t page_size = b.pages.dimensions()[1];
-  if (page_size < kBlock || page_size % kBlock != 0) {
-    return InvalidArgument("kv_pages: page size must be a multiple of 64, got " +
+  if (page_size < 16 || (page_size % kBlock != 0 && kBlock % page_size != 0)) {
+    return InvalidArgument("kv_pages: page size must be 16, 32 or a multiple of 64, got " +
                            std::to_string(page_size));
   }
   if (b.pages.dimensions()[0] * page_size > int64_t{1} << 31 || B * S * H > int64_t{1} << 31) {
@@ -77,7 +77,7 @@ Error CheckBuffers(const DecodeState& state, const Buffers& b) {
   return Error::Success();
 }
 
-Error EncodeMaps(const DecodeConfig& c, const Buffers& b, DecodeParams* params) {
+Error EncodeMaps(const DecodeConfig& c, const Buffers& b, int box_tokens, DecodeParams* params) {
   const jit::MapType type = c.half ? jit::MapType::kFloat16 : jit::MapType::kBfloat16;
   const jit::MapOptions options = {jit::Swizzle::k128B};
   constexpr int64_t kRowBytes = kKeyDim * 2;
@@ -90,7 +90,7 @@ Error EncodeMaps(const DecodeConfig& c, const Buffers& b, DecodeParams* params) 
     return jit::EncodeTensorMap(type, b.pages.untyped_data(),
                                 {kTileCols, kGroupRows, kKeyTiles, rows / kGroupRows},
                                 {kRowBytes, kTileCols * 2, kGroupRows * kRowBytes},
-                                {kTileCols, kGroupRows, tiles, kGroups / c.cluster}, options);
+                                {kTileCols, kGroupRows, tiles, box_tokens / kGroupRows}, options);
   };
   JAX_DS_ASSIGN_OR_RETURN(params->kv_map, pages(c.narrow ? kKeyTiles : kValueTiles));
   JAX_DS_ASSIGN_OR_RETURN(params->rope_map, pages(1));
@@ -100,7 +100,10 @@ Error EncodeMaps(const DecodeConfig& c, const Buffers& b, DecodeParams* params) 
 ErrorOr<DecodeParams> MakeParams(const DecodeState& state, const DecodeLaunch& launch,
                                  const Buffers& b) {
   DecodeParams params = {};
-  JAX_DS_RETURN_IF_ERROR(EncodeMaps(state.config, b, &params));
+  const int64_t page_size = b.pages.dimensions()[1];
+  params.page_size = static_cast<int>(page_size);
+  params.box_tokens = BoxTokens(state.config, page_size);
+  JAX_DS_RETURN_IF_ERROR(EncodeMaps(state.config, b, params.box_tokens, &params));
   params.page_table = static_cast<const int*>(b.table.untyped_data());
   params.seq_lens = static_cast<const int*>(b.lengths.untyped_data());
   params.out = b.out.untyped_data();
@@ -112,7 +115,6 @@ ErrorOr<DecodeParams> MakeParams(const DecodeState& state, const DecodeLaunch& l
   params.S = static_cast<int>(state.tokens);
   params.H = static_cast<int>(state.heads);
   params.N = static_cast<int>(b.table.dimensions()[1]);
-  params.page_size = static_cast<int>(b.pages.dimensions()[1]);
   params.num_groups = launch.num_groups;
   params.row_groups = launch.row_groups;
   params.causal = state.causal;

@@ -26,6 +26,10 @@ ErrorOr<DecodeConfig> PlanDecode(int64_t query_rows, bool half) {
   return DecodeConfig{false, kWideRows, even ? 2 : 1, half};
 }
 
+int BoxTokens(const DecodeConfig& c, int64_t page_size) {
+  return static_cast<int>(std::min<int64_t>(page_size, kBlock / c.cluster));
+}
+
 DecodeLaunch LaunchDecode(const DecodeConfig& c, int64_t query_rows, int multiprocessors) {
   DecodeLaunch launch;
   launch.tile_rows = c.rows * c.cluster;

@@ -22,6 +22,9 @@ struct DecodeConfig {
 
 ErrorOr<DecodeConfig> PlanDecode(int64_t query_rows, bool half);
 
+// Tokens that one TMA box brings: a page, or a CTA's share of a block if that is less.
+int BoxTokens(const DecodeConfig& config, int64_t page_size);
+
 // A part of the launch geometry is the workspace's: its rows hold parts of split requests.
 struct DecodeLaunch {
   int num_groups;  // CTAs (or clusters) times row groups share out the blocks of the cache

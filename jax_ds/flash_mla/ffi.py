@@ -16,8 +16,8 @@ from jax_ds.flash_mla.config import (
 
 Array = jax.Array
 
-# Of the decode kernels: width of a row, of its value; tokens of a block; CTAs with a workspace.
-_ROW, _VALUE, _BLOCK, _MAX_CTAS = 576, 512, 64, 132
+# Of the decode kernels: width of a row, of its value; CTAs with a workspace.
+_ROW, _VALUE, _MAX_CTAS = 576, 512, 132
 _NARROW_ROWS, _WIDE_ROWS = 32, 64
 
 # Widths of queries, of the part of the keys that all heads share, and of values.
@@ -26,7 +26,7 @@ _PREFILL_HEADS = ((192, 64, 128), (192, 0, 128), (128, 0, 128), (64, 0, 64))
 
 def decode_unsupported(q: Array, kv_pages: Array, value_dim: int) -> str | None:
     """Why the decode kernels cannot take these operands; None if they can."""
-    return _cache_unsupported(kv_pages) or (
+    return append_unsupported(kv_pages) or (
         f"the kernels take value_dim {_VALUE}, got {value_dim}" if value_dim != _VALUE else None
     )
 
@@ -38,13 +38,6 @@ def append_unsupported(kv_pages: Array) -> str | None:
     if kv_pages.shape[2] != _ROW:
         return f"the kernels take rows of {_ROW}, got {kv_pages.shape[2]}"
     return None
-
-
-def _cache_unsupported(kv_pages: Array) -> str | None:
-    reason = append_unsupported(kv_pages)
-    if reason is None and kv_pages.shape[1] % _BLOCK:
-        return f"the kernels take page sizes that {_BLOCK} divides, got {kv_pages.shape[1]}"
-    return reason
 
 
 def decode_tile(query_rows: int) -> tuple[str, int, int]:

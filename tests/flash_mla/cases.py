@@ -195,5 +195,9 @@ def assert_lse_close(actual: Any, expected: Any) -> None:
     a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b), err_msg="lse: positions of -inf")
     finite = np.isfinite(b)
-    # Absolute 1e-4; scores of thousands have no such resolution in float32.
-    np.testing.assert_allclose(a[finite], b[finite], atol=1e-4, rtol=1e-6, err_msg="lse")
+    # A score is a sum of 36 products of 16 columns, and tensor cores cut every partial sum off after
+    # 24 bits: up to 36 * 2^-23 of it are lost. Below scores of 23 that is less than 1e-4.
+    allowed = np.maximum(1e-4, 36 * 2.0**-23 * np.abs(b[finite]))
+    error = np.abs(a[finite] - b[finite])
+    worst = np.argmax(error / allowed) if error.size else 0
+    assert (error <= allowed).all(), f"lse: {a[finite][worst]} instead of {b[finite][worst]}"

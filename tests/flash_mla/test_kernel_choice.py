@@ -35,7 +35,7 @@ def test_tile(query_rows: int, tile: tuple[str, int, int]) -> None:
     [
         (_array(8, 2, 10, 576), _array(9, 64, 576), 512, ("narrow", "20 query rows", "tile of 24")),
         (_array(8, 1, 128, 576), _array(9, 128, 576), 512, ("wide", "2 tiles of 64", "pairs")),
-        (_array(8, 1, 8, 576), _array(9, 16, 576), 512, ("portable", "page sizes", "16")),
+        (_array(8, 1, 8, 576), _array(9, 16, 576), 512, ("narrow", "1 tile of 8")),
         (_array(8, 1, 8, 576), _array(9, 64, 576), 256, ("portable", "value_dim 512", "256")),
         (_array(8, 1, 8, 24), _array(9, 64, 24), 16, ("portable", "rows of 576", "24")),
         (

@@ -23,6 +23,18 @@ void Choice() {
   CHECK(mla::PlanDecode(int64_t{1} << 25, false).has_error());
 }
 
+// Boxes of whole groups of eight rows, which neither leave a page nor what a CTA loads of a block.
+void Boxes() {
+  for (int64_t rows : kRows) {
+    const mla::DecodeConfig config = *mla::PlanDecode(rows, false);
+    for (int64_t page : {16, 32, 64, 128, 192}) {
+      const int tokens = mla::BoxTokens(config, page);
+      CHECK(tokens % mla::kGroupRows == 0 && page % tokens == 0);
+      CHECK_EQ(mla::kBlock / config.cluster % tokens, 0);
+    }
+  }
+}
+
 void Geometry() {
   for (int64_t rows : kRows) {
     const mla::DecodeConfig config = *mla::PlanDecode(rows, false);
@@ -69,6 +81,7 @@ void EveryChoiceIsListed() {
 
 int main() {
   Choice();
+  Boxes();
   Geometry();
   Combine();
   EveryChoiceIsListed();

@@ -9,13 +9,16 @@ namespace jax_ds::flash_mla {
 // ---- producer: one warp ------------------------------------------------------------------------
 
 template <typename Config>
-JAX_DS_DEVICE void load_block(const DecodeParams& p, NarrowShared<Config>& shared, int row,
-                              Pipeline<Config::kStages>& ring) {
+JAX_DS_DEVICE void load_block(const DecodeParams& p, NarrowShared<Config>& shared, PageRows& rows,
+                              int block, Pipeline<Config::kStages>& ring) {
   ring.acquire();
-  if (elect_one()) {
-    ring.commit(kKeyTiles * kTileBytes);
-    tma_load_4d(shared.blocks[ring.slot()], &p.kv_map, ring.full(), 0, 0, 0, row / kGroupRows,
-                kEvictFirst);
+  if (elect_one()) ring.commit(kKeyTiles * kTileBytes);
+  for (int token = 0; token < kBlock; token += p.box_tokens) {
+    const int row = rows.row((block * kBlock + token) / p.box_tokens);
+    if (elect_one()) {
+      tma_load_4d(shared.blocks[ring.slot()][token / kGroupRows], &p.kv_map, ring.full(), 0, 0, 0,
+                  row / kGroupRows, kEvictFirst);
+    }
   }
   ring.advance();
 }
@@ -41,11 +44,11 @@ JAX_DS_DEVICE void produce(const DecodeParams& p, NarrowShared<Config>& shared) 
     if (item.empty()) continue;
     PageRows rows(p, item);
     // The first block before the query: its buffer may be in use by the previous item yet.
-    load_block<Config>(p, shared, rows.row(item.first), ring);
+    load_block<Config>(p, shared, rows, item.first, ring);
     load_query<Config>(p, shared, item.request, q_phase);
     q_phase ^= 1;
     for (int block = item.first + 1; block < item.last; ++block) {
-      load_block<Config>(p, shared, rows.row(block), ring);
+      load_block<Config>(p, shared, rows, block, ring);
     }
   }
 }

@@ -41,9 +41,8 @@ struct Parts {
 
 struct DecodeParams {
   TensorMap q_map;  // [B * R, 576], boxes of 64 columns x the rows of a tile
-  // [P * page_size / 8][9][8][64]: columns, rows of a group, column tiles, groups of eight rows.
-  // A box holds a block's groups (in a cluster: its share of them), so that memory is read in
-  // order.
+  // [P * page_size / 8][9][8][64]: columns, rows of a group, column tiles, groups of eight rows,
+  // so that a box reads memory in order. A box holds `box_tokens` tokens.
   TensorMap kv_map;
   TensorMap rope_map;     // the same tensor, one column tile a box
   const int* page_table;  // [B, N]
@@ -55,6 +54,7 @@ struct DecodeParams {
   Parts* parts;           // [B]
   int B, S, H, N;
   int page_size;
+  int box_tokens;  // a page, or what a CTA loads of a block if that is less
   int num_groups;  // groups of CTAs that share out the KV blocks
   int row_groups;  // CTAs (or clusters) of one group, each with its own query rows
   int causal;

@@ -44,39 +44,40 @@ JAX_DS_DEVICE float finite_reference(float reference) {
 // Byte offset of 16-byte chunk `chunk` of row `row` in a tile of 128-byte rows, 128-byte swizzle.
 JAX_DS_DEVICE u32 swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Where the blocks of an item begin, as rows of the cache seen as [P * page_size, 576]. A warp
-// reads 32 entries of the page table at a time and the next 32 ahead of their use. Only entries of
-// pages that hold tokens are read.
+// Where the boxes of an item begin, as rows of the cache seen as [P * page_size, 576]. A warp reads
+// 32 entries of the page table at a time and the next 32 ahead of their use. Only entries of pages
+// that hold tokens are read; a box without any starts at row 0, which exists.
 struct PageRows {
   const DecodeParams& p;
   const int* table;
-  int base, last;
-  int current, next;  // rows of blocks base + lane and base + 32 + lane
+  int base;           // a multiple of a block's boxes
+  int end;            // tokens
+  int current, next;  // rows of boxes base + lane and base + 32 + lane
 
   JAX_DS_DEVICE PageRows(const DecodeParams& params, const Item& item)
       : p(params),
         table(params.page_table + static_cast<i64>(item.request) * params.N),
-        base(item.first),
-        last(item.last) {
+        base(item.first * (kBlock / params.box_tokens)),
+        end(min(item.last * kBlock, item.length)) {
     current = fetch(base + lane_id());
     next = fetch(base + 32 + lane_id());
   }
 
-  JAX_DS_DEVICE int fetch(int block) const {
-    if (block >= last) return 0;
-    const int token = block * kBlock;
+  JAX_DS_DEVICE int fetch(int box) const {
+    const int token = box * p.box_tokens;
+    if (token >= end) return 0;
     const int page = token / p.page_size;
     return __ldg(table + page) * p.page_size + (token - page * p.page_size);
   }
 
-  // For blocks base .. base + 63; called by a whole warp, in order.
-  JAX_DS_DEVICE int row(int block) {
-    if (block - base >= 32) {
+  // For boxes base .. base + 63; called by a whole warp, in order of blocks.
+  JAX_DS_DEVICE int row(int box) {
+    if (box - base >= 32) {
       base += 32;
       current = next;
       next = fetch(base + 32 + lane_id());
     }
-    return __shfl_sync(0xffffffffu, current, block - base);
+    return __shfl_sync(0xffffffffu, current, box - base);
   }
 };
 

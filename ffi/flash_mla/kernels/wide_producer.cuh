@@ -40,28 +40,32 @@ struct Producer {
   WideShared<Config>& shared;
   Progress at;
 
-  // Each CTA of a cluster loads its share of the groups, for all.
+  // Each CTA of a cluster loads its share of the tokens, for all.
   JAX_DS_DEVICE void load(const TensorMap* map, u8* target, int group_bytes, u64* full, int tile,
-                          int row) const {
-    if (!elect_one()) return;
-    mbarrier_arrive_expect_tx(full, kGroups * group_bytes);
-    if constexpr (Config::kCluster == 1) {
-      tma_load_4d(target, map, full, 0, 0, tile, row / kGroupRows);
-    } else {
-      const int first = cluster_ctarank() * (kGroups / Config::kCluster);
-      tma_load_4d_multicast(target + first * group_bytes, map, full, Config::kMulticast, 0, 0, tile,
-                            row / kGroupRows + first);
+                          PageRows& rows, int block) const {
+    constexpr int kShare = kBlock / Config::kCluster;
+    const int first = Config::kCluster == 1 ? 0 : cluster_ctarank() * kShare;
+    if (elect_one()) mbarrier_arrive_expect_tx(full, kGroups * group_bytes);
+    for (int token = first; token < first + kShare; token += p.box_tokens) {
+      const int group = rows.row((block * kBlock + token) / p.box_tokens) / kGroupRows;
+      u8* to = target + token / kGroupRows * group_bytes;
+      if (!elect_one()) continue;
+      if constexpr (Config::kCluster == 1) {
+        tma_load_4d(to, map, full, 0, 0, tile, group);
+      } else {
+        tma_load_4d_multicast(to, map, full, Config::kMulticast, 0, 0, tile, group);
+      }
     }
   }
 
-  JAX_DS_DEVICE void load_block(int row) {
+  JAX_DS_DEVICE void load_block(PageRows& rows, int block) {
     mbarrier_wait(&shared.values_empty[at.stage()], at.stage_phase() ^ 1);
     load(&p.kv_map, shared.values[at.stage()][0][0], kWideGroupStride,
-         &shared.values_full[at.stage()], 0, row);
+         &shared.values_full[at.stage()], 0, rows, block);
     at.template advance_stage<Config::kStages>();
     mbarrier_wait(&shared.rope_empty[at.slot()], at.slot_phase() ^ 1);
     load(&p.rope_map, shared.rope[at.slot()], kGroupTileBytes, &shared.rope_full[at.slot()],
-         kKeyTiles - 1, row);
+         kKeyTiles - 1, rows, block);
     at.advance_slot();
   }
 
@@ -99,7 +103,7 @@ struct Producer {
       if (item.empty()) continue;
       load_query(item);
       PageRows rows(p, item);
-      for (int block = item.first; block < item.last; ++block) load_block(rows.row(block));
+      for (int block = item.first; block < item.last; ++block) load_block(rows, block);
     }
     announce({.blocks = 0});
   }
