@@ -195,8 +195,8 @@ def assert_lse_close(actual: Any, expected: Any) -> None:
     a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b), err_msg="lse: positions of -inf")
     finite = np.isfinite(b)
-    # A score is a sum of 36 products of 16 columns, and tensor cores cut every partial sum off after
-    # 24 bits: up to 36 * 2^-23 of it are lost. Below scores of 23 that is less than 1e-4.
+    # A score is a sum of 36 products of 16 columns, and tensor cores cut each partial sum off
+    # after 24 bits: up to 36 * 2^-23 of it are lost. Below scores of 23 that is less than 1e-4.
     allowed = np.maximum(1e-4, 36 * 2.0**-23 * np.abs(b[finite]))
     error = np.abs(a[finite] - b[finite])
     worst = np.argmax(error / allowed) if error.size else 0
