@@ -47,10 +47,16 @@ DecodeLaunch LaunchDecode(const DecodeConfig& c, int64_t query_rows, int multipr
 
 CombineLaunch LaunchCombine(const DecodeLaunch& decode, int64_t batch, int64_t query_rows) {
   constexpr int kManyParts = 16;
+  constexpr int kFewRows = 2048;
   constexpr int kWarps = kCombineThreads / 32;
   const int64_t rows = batch * query_rows;
-  const bool many = decode.num_groups >= kManyParts * batch;
-  return {many, static_cast<unsigned int>(many ? 4 * rows : CeilDiv(rows, kWarps))};
+  if (decode.num_groups >= kManyParts * batch) {
+    return {Combine::kMany, static_cast<unsigned int>(4 * rows)};
+  }
+  if (rows <= kFewRows) {
+    return {Combine::kQuarters, static_cast<unsigned int>(CeilDiv(4 * rows, kWarps))};
+  }
+  return {Combine::kRows, static_cast<unsigned int>(CeilDiv(rows, kWarps))};
 }
 
 jit::KernelSpec DecodeSpec(const DecodeConfig& c) {
@@ -60,15 +66,16 @@ jit::KernelSpec DecodeSpec(const DecodeConfig& c) {
   spec.file = std::string("flash_mla/kernels/") + (c.narrow ? "narrow.cuh" : "wide.cuh");
   spec.entry = space + (c.narrow ? "decode_narrow<" : "decode_wide<") + space + name + "Config<" +
                std::to_string(c.narrow ? c.rows : c.cluster) + ", " + Element(c.half) + ">>";
-  spec.shared_bytes = kMaxSharedBytes;
+  spec.shared_bytes = c.narrow ? NarrowSharedBytes(c.rows) : kWideSharedBytes;
   return spec;
 }
 
-jit::KernelSpec CombineSpec(bool many, bool half) {
+jit::KernelSpec CombineSpec(Combine combine, bool half) {
   jit::KernelSpec spec;
   spec.file = "flash_mla/kernels/combine.cuh";
-  spec.entry =
-      std::string(kSpace) + (many ? "combine_many<" : "combine_few<") + Element(half) + ">";
+  const char* const pieces = combine == Combine::kQuarters ? ", 4>" : ", 1>";
+  spec.entry = kSpace + (combine == Combine::kMany ? "combine_many<" + Element(half) + ">"
+                                                   : "combine_few<" + Element(half) + pieces);
   return spec;
 }
 
@@ -86,7 +93,7 @@ std::vector<jit::KernelSpec> AllDecodeKernels() {
       specs.push_back(DecodeSpec({true, rows, 1, half}));
     }
     for (int cluster : {1, 2}) specs.push_back(DecodeSpec({false, kWideRows, cluster, half}));
-    for (bool many : {false, true}) specs.push_back(CombineSpec(many, half));
+    for (Combine combine : kCombines) specs.push_back(CombineSpec(combine, half));
   }
   return specs;
 }

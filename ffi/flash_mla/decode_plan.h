@@ -38,15 +38,17 @@ struct DecodeLaunch {
 DecodeLaunch LaunchDecode(const DecodeConfig& config, int64_t query_rows, int multiprocessors);
 
 // How the parts are put together: a CTA for each quarter of a row where many parts meet (latency),
-// else a warp for each row.
+// else a warp for each quarter where there are few rows, else a warp for each row.
+enum class Combine : int { kRows, kQuarters, kMany };
+inline constexpr Combine kCombines[] = {Combine::kRows, Combine::kQuarters, Combine::kMany};
 struct CombineLaunch {
-  bool many;
+  Combine combine;
   unsigned int grid;
 };
 CombineLaunch LaunchCombine(const DecodeLaunch& decode, int64_t batch, int64_t query_rows);
 
 jit::KernelSpec DecodeSpec(const DecodeConfig& config);
-jit::KernelSpec CombineSpec(bool many, bool half);
+jit::KernelSpec CombineSpec(Combine combine, bool half);
 jit::KernelSpec AppendSpec();
 std::vector<jit::KernelSpec> AllDecodeKernels();
 

@@ -64,6 +64,22 @@ JAX_DS_DEVICE void bar_sync(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// bar_sync that tells every thread whether `value` holds in any.
+JAX_DS_DEVICE bool bar_red_or(u32 id, u32 threads, bool value) {
+  u32 any;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %3, 0;\n"
+      "bar.red.or.pred p, %1, %2, p;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<u32>(value))
+      : "memory");
+  return any != 0;
+}
+
 JAX_DS_DEVICE void bar_arrive(u32 id, u32 threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -58,11 +58,16 @@ void Geometry() {
 void Combine() {
   const mla::DecodeConfig config = *mla::PlanDecode(16, false);
   const mla::DecodeLaunch launch = mla::LaunchDecode(config, 16, 132);
-  CHECK(mla::LaunchCombine(launch, 1, 16).many);
-  CHECK_EQ(mla::LaunchCombine(launch, 1, 16).grid, 64u);
-  CHECK(!mla::LaunchCombine(launch, 128, 16).many);
-  CHECK_EQ(mla::LaunchCombine(launch, 128, 16).grid, 256u);
-  CHECK_EQ(mla::LaunchCombine(launch, 11, 3).grid, 5u);
+  const auto combine = [&](int64_t batch, int64_t rows) {
+    return mla::LaunchCombine(launch, batch, rows);
+  };
+  CHECK(combine(1, 16).combine == mla::Combine::kMany);
+  CHECK_EQ(combine(1, 16).grid, 64u);  // a CTA for a quarter of a row
+  CHECK(combine(128, 16).combine == mla::Combine::kQuarters);
+  CHECK_EQ(combine(128, 16).grid, 1024u);  // a warp
+  CHECK_EQ(combine(11, 3).grid, 17u);
+  CHECK(combine(512, 16).combine == mla::Combine::kRows);
+  CHECK_EQ(combine(512, 16).grid, 1024u);
 }
 
 void EveryChoiceIsListed() {
@@ -73,7 +78,7 @@ void EveryChoiceIsListed() {
   CHECK(listed(mla::AppendSpec()));
   for (bool half : {false, true}) {
     for (int64_t rows : kRows) CHECK(listed(mla::DecodeSpec(*mla::PlanDecode(rows, half))));
-    for (bool many : {false, true}) CHECK(listed(mla::CombineSpec(many, half)));
+    for (mla::Combine combine : mla::kCombines) CHECK(listed(mla::CombineSpec(combine, half)));
   }
 }
 

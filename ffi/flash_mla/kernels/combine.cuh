@@ -53,6 +53,17 @@ struct Weights {
 #pragma unroll
     for (int i = 0; i < kMaxParts / 32; ++i) weight[i] *= scale;
   }
+
+  // Of one part, for the whole warp; 0 from the last part on.
+  JAX_DS_DEVICE float of(int part) const {
+    float w = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMaxParts / 32; ++i) {
+      const float candidate = __shfl_sync(0xffffffffu, weight[i], part % 32);
+      if (part / 32 == i) w = candidate;
+    }
+    return w;
+  }
 };
 
 template <typename Element>
@@ -112,11 +123,15 @@ __global__ __launch_bounds__(kCombineThreads) void combine_many(const
   if (blockIdx.x % 4 == 0 && lane_id() == 0) p.lse[row] = weights.lse * kLn2;
 }
 
-// Few parts: a warp for each row.
-template <typename Element>
-__global__ __launch_bounds__(kCombineThreads) void combine_few(const
-                                                               __grid_constant__ CombineParams p) {
-  const i64 row = static_cast<i64>(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
+// Few parts: a warp for each row, or for each quarter of one where there are few rows.
+template <typename Element, int kPieces>
+__global__ __launch_bounds__(kCombineThreads,
+                             1) void combine_few(const __grid_constant__ CombineParams p) {
+  constexpr int kVectors = 4 / kPieces;  // of four columns, a lane
+  constexpr int kAhead = 2 * kPieces;    // parts loaded before the first is used
+  const i64 piece = static_cast<i64>(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
+  const i64 row = piece / kPieces;
+  const int column = piece % kPieces * (kValueDim / kPieces) + 4 * lane_id();
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int request = row / p.R;
@@ -124,25 +139,35 @@ __global__ __launch_bounds__(kCombineThreads) void combine_few(const
   const Parts parts = p.parts[request];
   if (parts.count <= 1) return;
   const PartRows rows(p, parts, row - static_cast<i64>(request) * p.R);
-  const Weights weights(p, rows, parts.count);
-  float4 sum[4] = {};
-#pragma unroll 2
-  for (int i = 0; i < parts.count; ++i) {
-    float weight = 0.0f;
+  float4 values[kAhead][kVectors];
+  const auto load = [&](int first) {
 #pragma unroll
-    for (int j = 0; j < kMaxParts / 32; ++j) {
-      const float w = __shfl_sync(0xffffffffu, weights.weight[j], i % 32);
-      if (i / 32 == j) weight = w;
+    for (int i = 0; i < kAhead; ++i) {
+      const float* from = p.partial_out + rows.at(first + i) * kValueDim + column;
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        values[i][j] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (first + i < parts.count) {
+          values[i][j] = *reinterpret_cast<const float4*>(from + 128 * j);
+        }
+      }
     }
-    const float* from = p.partial_out + rows.at(i) * kValueDim + 4 * lane_id();
+  };
+  load(0);
+  const Weights weights(p, rows, parts.count);
+  float4 sum[kVectors] = {};
+  for (int first = 0; first < parts.count; first += kAhead) {
+    if (first != 0) load(first);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      add_scaled(sum[j], weight, *reinterpret_cast<const float4*>(from + 128 * j));
+    for (int i = 0; i < kAhead; ++i) {
+      const float weight = weights.of(first + i);
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) add_scaled(sum[j], weight, values[i][j]);
     }
   }
 #pragma unroll
-  for (int j = 0; j < 4; ++j) store_row<Element>(p, row, 128 * j + 4 * lane_id(), sum[j]);
-  if (lane_id() == 0) p.lse[row] = weights.lse * kLn2;
+  for (int j = 0; j < kVectors; ++j) store_row<Element>(p, row, column + 128 * j, sum[j]);
+  if (column == 0) p.lse[row] = weights.lse * kLn2;
 }
 
 }  // namespace jax_ds::flash_mla

@@ -79,7 +79,6 @@ struct NarrowScores {
   const int token = 16 * warp + lane_id() / 4;  // and token + 8, in the block
 
   Pipeline<Config::kStages> ring{shared.ring};
-  Pipeline<2> probabilities{shared.probabilities};
   u32 q_phase = 0;
   float row_max[kColumns];  // base 2, the reference point of the exponentials; alike in all threads
   float row_sum[kColumns];  // of this thread's own tokens
@@ -103,66 +102,78 @@ struct NarrowScores {
     wgmma::wait_group<0>();
   }
 
-  // Scales to base 2, hides what a row may not see, and leaves each warp's row maxima in shared.
-  JAX_DS_DEVICE void mask_and_reduce(const Item& item, int block, Scores& s) const {
+  // Hides what a row may not see.
+  JAX_DS_DEVICE void mask(const Item& item, int block, Scores& s) const {
     const int start = block * kBlock;
-    const bool partial = start + kBlock > visible_tokens(p, item.length, 0);
+    if (start + kBlock <= visible_tokens(p, item.length, 0)) [[likely]]
+      return;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      float& upper = s[Columns<Config>::upper(c)];
-      float& lower = s[Columns<Config>::lower(c)];
-      upper *= p.scale_log2;
-      lower *= p.scale_log2;
-      if (partial) {
-        const int visible = visible_tokens(p, item.length, Columns<Config>::row(c)) - start;
-        if (token >= visible) upper = -kInfinity;
-        if (token + 8 >= visible) lower = -kInfinity;
-      }
-      float largest = fmaxf(upper, lower);
-#pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-      }
-      if (lane_id() < 4) shared.warp_max[Columns<Config>::row(c)][warp] = largest;
+      const int visible = visible_tokens(p, item.length, Columns<Config>::row(c)) - start;
+      if (token >= visible) s[Columns<Config>::upper(c)] = -kInfinity;
+      if (token + 8 >= visible) s[Columns<Config>::lower(c)] = -kInfinity;
     }
   }
 
+  // The larger of this thread's two tokens, base 2.
+  JAX_DS_DEVICE float largest(const Scores& s, int c) const {
+    return p.scale_log2 * fmaxf(s[Columns<Config>::upper(c)], s[Columns<Config>::lower(c)]);
+  }
+
+  JAX_DS_DEVICE bool outgrown(const Scores& s) const {
+    bool any = false;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) any |= largest(s, c) > row_max[c] + kLag;
+    return any;
+  }
+
   // Moves the reference points where the maxima have outgrown them, and the sums along.
-  JAX_DS_DEVICE void update_max() {
+  JAX_DS_DEVICE void update_max(const Scores& s) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      float m = largest(s, c);
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, lanes));
+      }
+      if (lane_id() < 4) shared.warp_max[Columns<Config>::row(c)][warp] = m;
+    }
+    bar_sync(1, 128);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = Columns<Config>::row(c);
       const float4 m = ld_shared_v4_f32(shared_address(shared.warp_max[row]));
-      const float largest = fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w));
-      const float factor = power_of_two(move_reference(row_max[c], largest));
+      const float all = fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w));
+      const float factor = power_of_two(move_reference(row_max[c], all));
       row_sum[c] *= factor;
-      if (warp == 0 && lane_id() < 4) shared.factor[probabilities.slot()][row] = factor;
+      if (warp == 0 && lane_id() < 4) shared.factor[ring.slot()][row] = factor;
     }
   }
 
-  // P^T, transposed on the way into shared memory: rows x 64 tokens.
+  // P^T, transposed on the way into the rotary tile's place: rows x 64 tokens.
   JAX_DS_DEVICE void store_probabilities(Scores& s) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float reference = finite_reference(row_max[c]);
       float& upper = s[Columns<Config>::upper(c)];
       float& lower = s[Columns<Config>::lower(c)];
-      upper = exp2_approx(upper - reference);
-      lower = exp2_approx(lower - reference);
+      upper = exp2_approx(fmaf(upper, p.scale_log2, -reference));
+      lower = exp2_approx(fmaf(lower, p.scale_log2, -reference));
       row_sum[c] += upper + lower;
     }
-    const u32 base = shared_address(shared.p[probabilities.slot()]);
+    const int chunk = 2 * warp + lane_id() / 8 % 2;  // eight tokens
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
-      const int row = 8 * i + lane_id() % 8;
-      const int chunk = 2 * warp + lane_id() / 8 % 2;  // eight tokens
-      stmatrix_x2_trans(base + swizzled(row, chunk), wgmma::pack(Element{}, s[4 * i], s[4 * i + 1]),
+      const u32 group = shared_address(shared.blocks[ring.slot()][i][kKeyTiles - 1]);
+      stmatrix_x2_trans(group + swizzled(lane_id() % 8, chunk),
+                        wgmma::pack(Element{}, s[4 * i], s[4 * i + 1]),
                         wgmma::pack(Element{}, s[4 * i + 2], s[4 * i + 3]));
     }
   }
 
   // Unused slots of a page may hold NaN, which a zero probability would not hide.
   JAX_DS_DEVICE void clear_unused_values(int tokens) const {
+#pragma unroll 1
     for (int i = tokens * 64 + threadIdx.x; i < kBlock * 64; i += 128) {
       const int row = i / 64, tile = i / 8 % 8, chunk = i % 8;
       u8* target = shared.blocks[ring.slot()][row / kGroupRows][tile];
@@ -186,7 +197,7 @@ struct NarrowScores {
       const int row = Columns<Config>::row(c);
       const float4 m = ld_shared_v4_f32(shared_address(shared.warp_sum[row]));
       const float sum = (m.x + m.y) + (m.z + m.w);
-      shared.inverse[probabilities.slot()][row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      shared.inverse[ring.slot()][row] = sum == 0.0f ? 0.0f : 1.0f / sum;
       store_lse(item, row, row_max[c] + log2_approx(sum));
     }
   }
@@ -204,20 +215,22 @@ struct NarrowScores {
   JAX_DS_DEVICE void run_block(const Item& item, int block) {
     Scores s;
     multiply(s);
-    mask_and_reduce(item, block, s);
-    // The output has done with the probabilities and factors two blocks ago.
-    probabilities.acquire();
-    bar_sync(1, 128);
-    update_max();
+    mask(item, block, s);
+    // Seldom does any score outgrow its row's reference point. Also: all warps have done with the
+    // rotary tile, and with the maxima of the block before.
+    const bool moved = bar_red_or(1, 128, outgrown(s));
+    if (moved) [[unlikely]]
+      update_max(s);
+    if (threadIdx.x == 0) shared.moved[ring.slot()] = moved;
     store_probabilities(s);
     const int tokens = item.length - block * kBlock;
-    if (tokens < kBlock) clear_unused_values(tokens);
-    if (block + 1 == item.last) finish(item);
+    if (tokens < kBlock) [[unlikely]]
+      clear_unused_values(tokens);
+    if (block + 1 == item.last) [[unlikely]]
+      finish(item);
     fence_proxy_async_shared();
-    // Also: all warps have read warp_max before the next block's is written.
-    bar_sync(1, 128);
-    if (threadIdx.x == 0) mbarrier_arrive(probabilities.full());
-    probabilities.advance();
+    __syncwarp();
+    if (lane_id() == 0) mbarrier_arrive(&shared.p_full[ring.slot()]);
     ring.advance();
   }
 
@@ -257,29 +270,26 @@ struct NarrowOutput {
   const int warp = warp_id() % 4;
 
   Pipeline<Config::kStages> ring{shared.ring};
-  Pipeline<2> probabilities{shared.probabilities};
 
-  JAX_DS_DEVICE void rescale(Out& out) const {
-    float factor[kColumns];
-    bool changed = false;
+  // By factors of the query rows, in shared memory.
+  static JAX_DS_DEVICE void scale(Out& out, const float (&factors)[kRows]) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      factor[c] = shared.factor[probabilities.slot()][Columns<Config>::row(c)];
-      changed |= factor[c] != 1.0f;
-    }
-    if (!__any_sync(0xffffffffu, changed)) return;
+      const float factor = factors[Columns<Config>::row(c)];
 #pragma unroll
-    for (int tile = 0; tile < kValueTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) out[tile][i] *= factor[2 * (i / 4) + i % 2];
+      for (int tile = 0; tile < kValueTiles; ++tile) {
+        out[tile][Columns<Config>::upper(c)] *= factor;
+        out[tile][Columns<Config>::lower(c)] *= factor;
+      }
     }
   }
 
   // O^T += V^T P^T.
   JAX_DS_DEVICE void multiply(Out& out) const {
     ring.wait();
-    const u64 p_tile = wgmma::descriptor(shared_address(shared.p[probabilities.slot()]));
-    const u64 v = wgmma::descriptor(shared_address(shared.blocks[ring.slot()]), kNarrowGroupStride);
+    const auto& tiles = shared.blocks[ring.slot()][0];
+    const u64 v = wgmma::descriptor(shared_address(tiles), kNarrowGroupStride);
+    const u64 p_tile = wgmma::descriptor(shared_address(tiles[kKeyTiles - 1]), kNarrowGroupStride);
     wgmma::fence();
 #pragma unroll
     for (int tile = 0; tile < kValueTiles; ++tile) {
@@ -297,16 +307,11 @@ struct NarrowOutput {
 
   JAX_DS_DEVICE void release_block() {
     __syncwarp();
-    if (lane_id() == 0) {
-      ring.release();
-      probabilities.release();
-    }
-    probabilities.advance();
+    if (lane_id() == 0) ring.release();
     ring.advance();
   }
 
-  JAX_DS_DEVICE void store_partial(const Item& item, const Out& out,
-                                   const float (&inverse)[kColumns]) const {
+  JAX_DS_DEVICE void store_partial(const Item& item, const Out& out) const {
     const int slot = (2 * blockIdx.x + item.part_slot) * kRows;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -316,27 +321,25 @@ struct NarrowOutput {
           p.partial_out + static_cast<i64>(slot + row) * kValueDim + 16 * warp + lane_id() / 4;
 #pragma unroll
       for (int tile = 0; tile < kValueTiles; ++tile) {
-        target[64 * tile] = out[tile][Columns<Config>::upper(c)] * inverse[c];
-        target[64 * tile + 8] = out[tile][Columns<Config>::lower(c)] * inverse[c];
+        target[64 * tile] = out[tile][Columns<Config>::upper(c)];
+        target[64 * tile + 8] = out[tile][Columns<Config>::lower(c)];
       }
     }
   }
 
-  JAX_DS_DEVICE void store_final(const Item& item, const Out& out,
-                                 const float (&inverse)[kColumns]) const {
+  JAX_DS_DEVICE void store_final(const Item& item, const Out& out) const {
     const int R = p.S * p.H;
     u16* out_rows = static_cast<u16*>(p.out) + static_cast<i64>(item.request) * R * kValueDim;
     const int column = 16 * warp + 2 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
-      const float a = inverse[2 * i], b = inverse[2 * i + 1];
       const int row = 8 * i + lane_id() / 4;
 #pragma unroll
       for (int tile = 0; tile < kValueTiles; ++tile) {
         const float* o = out[tile] + 4 * i;
         // Transposed: this lane then holds two neighbouring columns of one row.
-        const u32 left = movmatrix_trans(wgmma::pack(Element{}, o[0] * a, o[1] * b));
-        const u32 right = movmatrix_trans(wgmma::pack(Element{}, o[2] * a, o[3] * b));
+        const u32 left = movmatrix_trans(wgmma::pack(Element{}, o[0], o[1]));
+        const u32 right = movmatrix_trans(wgmma::pack(Element{}, o[2], o[3]));
         if (row < R) {
           u16* target = out_rows + row * kValueDim + column + 64 * tile;
           *reinterpret_cast<u32*>(target) = left;
@@ -350,29 +353,23 @@ struct NarrowOutput {
     Items items(p, shared.schedule);
     for (Item item; items.next(item);) {
       Out out;
-      float inverse[kColumns];
 #pragma unroll
       for (int i = 0; i < kValueTiles * (kRows / 2); ++i) {
         out[i / (kRows / 2)][i % (kRows / 2)] = 0.0f;
       }
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) inverse[c] = 0.0f;
       for (int block = item.first; block < item.last; ++block) {
-        probabilities.wait();
-        if (block != item.first) rescale(out);
-        multiply(out);
-        if (block + 1 == item.last) {
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) {
-            inverse[c] = shared.inverse[probabilities.slot()][Columns<Config>::row(c)];
-          }
+        mbarrier_wait(&shared.p_full[ring.slot()], ring.state.phase);
+        if (block != item.first && shared.moved[ring.slot()]) [[unlikely]] {
+          scale(out, shared.factor[ring.slot()]);
         }
+        multiply(out);
+        if (block + 1 == item.last) scale(out, shared.inverse[ring.slot()]);
         release_block();
       }
       if (item.split) {
-        store_partial(item, out, inverse);
+        store_partial(item, out);
       } else {
-        store_final(item, out, inverse);
+        store_final(item, out);
       }
     }
   }
@@ -384,7 +381,7 @@ template <typename Config>
 __global__ __launch_bounds__(Config::kThreads,
                              1) void decode_narrow(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) u8 bytes[];
-  static_assert(sizeof(NarrowShared<Config>) <= kMaxSharedBytes);
+  static_assert(sizeof(NarrowShared<Config>) <= NarrowSharedBytes(Config::kRows));
   auto& shared = *reinterpret_cast<NarrowShared<Config>*>(bytes);
   const u32 warp = warp_id();
   griddepcontrol_launch_dependents();
@@ -397,7 +394,7 @@ __global__ __launch_bounds__(Config::kThreads,
     prefetch_tensormap(&p.kv_map);
     prefetch_tensormap(&p.q_map);
     shared.ring.init(1, 4);  // emptied by the warps of the output
-    shared.probabilities.init(1, 4);
+    for (u64& barrier : shared.p_full) mbarrier_init(&barrier, 4);
     mbarrier_init(&shared.q_full, 1);
     mbarrier_init(&shared.q_empty, 4);
     fence_mbarrier_init();

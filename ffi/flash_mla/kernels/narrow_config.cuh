@@ -3,6 +3,7 @@
 // Operands are swapped (S^T = K Q^T, O^T = V^T P^T), so that the cache's tokens and latent columns
 // fill the 64 rows of the tensor cores' tiles and the query rows are the N dimension: 8 to 32.
 // Roles: a producer warp, a warpgroup for the scores and the softmax, a warpgroup for the output.
+// P_j takes the place of K_j's rotary tile, which nobody reads after the scores.
 #pragma once
 
 #include "flash_mla/kernels/schedule.cuh"
@@ -18,27 +19,26 @@ struct NarrowConfig {
   static constexpr int kRows = kRows_;  // query rows, padded
   static constexpr int kThreads = kNarrowThreads;
   static constexpr int kQueryTileBytes = kRows * kTileCols * 2;
-  static constexpr int kFixedShared = (kKeyTiles + 2) * kQueryTileBytes + kRows * 48 + 1024;
-  static constexpr int kStages = (kMaxSharedBytes - kFixedShared) / (kKeyTiles * kTileBytes);
+  static constexpr int kStages = 2;
   static constexpr int kOverhead = 1;
   static constexpr int kWholePercent = 8;
 
   static_assert(kRows % 8 == 0 && kRows >= 8 && kRows <= kNarrowMaxRows);
-  static_assert(kStages >= 2);
 };
 
 template <typename Config>
 struct alignas(1024) NarrowShared {
-  // Blocks of the cache: groups of 8 tokens x 64 columns, in the order in which memory holds them.
+  // Blocks of the cache: groups of 8 tokens x 64 columns, in the order in which memory holds them;
+  // in the place of the rotary tile, later P: groups of 8 rows x 64 tokens.
   u8 blocks[Config::kStages][kGroups][kKeyTiles][kGroupTileBytes];
   u8 q[kKeyTiles][Config::kQueryTileBytes];  // rows x 64 columns
-  u8 p[2][Config::kQueryTileBytes];          // rows x 64 tokens
   float warp_max[Config::kRows][4];
   float warp_sum[Config::kRows][4];
-  float factor[2][Config::kRows];   // of the output so far
-  float inverse[2][Config::kRows];  // 1 / row sum, after an item's last block
+  float factor[Config::kStages][Config::kRows];  // of the output so far, where it has moved
+  int moved[Config::kStages];
+  float inverse[Config::kStages][Config::kRows];  // 1 / row sum, after an item's last block
   PipelineBarriers<Config::kStages> ring;
-  PipelineBarriers<2> probabilities;
+  u64 p_full[Config::kStages];
   u64 q_full, q_empty;
   Schedule schedule;
 };

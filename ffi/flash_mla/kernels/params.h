@@ -19,8 +19,13 @@ inline constexpr int kGroupRows = 8;  // of one swizzle pattern
 inline constexpr int kGroupTileBytes = kGroupRows * kTileCols * 2;
 inline constexpr int kGroups = kBlock / kGroupRows;
 
-// Dynamic shared memory of both decode kernels, which take all there is: one CTA a multiprocessor.
-inline constexpr int kMaxSharedBytes = 232448;
+// Dynamic shared memory of the decode kernels: one CTA a multiprocessor. The wide one takes all
+// there is; beside the narrow one, CTAs of the combining kernel find room and wait for its end.
+inline constexpr int kWideSharedBytes = 232448;
+constexpr int NarrowSharedBytes(int rows) {
+  constexpr int kStages = 2;
+  return kStages * kKeyTiles * kTileBytes + rows * kKeyTiles * kTileCols * 2 + 2048;
+}
 inline constexpr int kNarrowThreads = 288;
 inline constexpr int kNarrowMaxRows = 32;
 inline constexpr int kWideThreads = 512;

@@ -4,7 +4,8 @@
 // Requests lie one after the other on a line; request b takes kOverhead positions and one more per
 // block. Group g gets [g * payload, (g + 1) * payload). A boundary inside a request splits it,
 // unless it falls within `tolerance` of the request's first or last block: then it moves to that
-// end. All is a pure function of the boundary, so both neighbours agree.
+// end. All is a pure function of the boundary, so both neighbours agree. Where there is less work
+// than that, late groups have none: two blocks take hardly longer than one, but half the parts.
 #pragma once
 
 #include "flash_mla/kernels/params.h"
@@ -40,6 +41,8 @@ JAX_DS_DEVICE int length_of(const DecodeParams& p, int b) {
 
 JAX_DS_DEVICE int blocks_of(int length) { return (length + kBlock - 1) / kBlock; }
 
+inline constexpr int kLeastPayload = 2;
+
 // One warp. kOverhead: what starting a request costs, in blocks. kWholePercent: how much longer
 // than the even share a group may run if no request is split then.
 template <int kOverhead, int kWholePercent>
@@ -68,7 +71,7 @@ struct Scheduler {
     before = inclusive - sum;
     total = __shfl_sync(0xffffffffu, inclusive, 31);
     largest = warp_max(largest);
-    payload = (total + p.num_groups - 1) / p.num_groups;
+    payload = max((total + p.num_groups - 1) / p.num_groups, kLeastPayload);
     tolerance = payload >> 5;
     whole = (p.B + p.num_groups - 1) / p.num_groups;
     // Long division before multiplication: positions fit in 31 bits, their products need not.

@@ -27,7 +27,7 @@ template <typename Config>
 __global__ __launch_bounds__(Config::kThreads,
                              1) void decode_wide(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) u8 bytes[];
-  static_assert(sizeof(WideShared<Config>) <= kMaxSharedBytes);
+  static_assert(sizeof(WideShared<Config>) <= kWideSharedBytes);
   auto& shared = *reinterpret_cast<WideShared<Config>*>(bytes);
   const u32 warp = warp_id();
   griddepcontrol_launch_dependents();
