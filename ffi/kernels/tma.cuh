@@ -95,6 +95,12 @@ JAX_DS_DEVICE void tma_prefetch_3d(const TensorMap* map, int x, int y, int z) {
                : "memory");
 }
 
+JAX_DS_DEVICE void tma_prefetch_4d(const TensorMap* map, int x, int y, int z, int w) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map),
+               "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
+
 // `bytes` contiguous bytes (a multiple of 16, both addresses too), no tensor map.
 JAX_DS_DEVICE void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier) {
   asm volatile(

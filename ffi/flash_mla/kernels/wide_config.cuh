@@ -28,6 +28,8 @@ struct WideConfig {
   static constexpr int kRopeSlots = 2;
   static constexpr int kQueryRegTiles = 7;  // of which the last 16 columns go to shared memory
   static constexpr int kQueryFragments = 4 * kQueryRegTiles - 1;
+  // P_{j-1} V_{j-1} opens when this column tile of Q K_j^T is through: it takes a while to start.
+  static constexpr int kOpenTile = 5;
   static constexpr int kQuerySharedTiles = kKeyTiles - kQueryRegTiles;
   // The producer is at most three stages ahead of the slowest role, which may still be storing.
   static constexpr int kAnnouncements = 4;
@@ -67,7 +69,8 @@ struct alignas(1024) WideShared {
   u8 rope[Config::kRopeSlots][kTileBytes];      // 64 tokens x 64 columns, then P: 64 x 64
   u8 q[Config::kQuerySharedTiles][kTileBytes];  // 64 rows x 64 columns
   u8 q_fragment[2][64][16];  // 64 rows x 16 columns that find no room in registers, unswizzled
-  u8 shift[Config::kRopeSlots][64];       // the output so far is to be scaled by 2^-shift, by row
+  u8 moved[Config::kRopeSlots][4];        // by warp: whether the output so far is to be scaled,
+  u8 shift[Config::kRopeSlots][64];       // then by 2^-shift, by row
   float inverse[Config::kRopeSlots][64];  // 1 / row sum, after an item's last block
   u64 values_full[Config::kStages], values_empty[Config::kStages];
   u64 rope_full[Config::kRopeSlots], rope_empty[Config::kRopeSlots];

@@ -17,10 +17,10 @@ struct Output {
   Progress at;
 
   JAX_DS_DEVICE void rescale(float (&out)[128]) const {
-    const u32 upper_shift = shared.shift[at.slot()][row];
-    const u32 lower_shift = shared.shift[at.slot()][row + 8];
-    if (!__any_sync(0xffffffffu, upper_shift + lower_shift != 0)) return;
-    const float upper = power_of_two(upper_shift), lower = power_of_two(lower_shift);
+    if (shared.moved[at.slot()][row / 16] == 0) [[likely]]
+      return;
+    const float upper = power_of_two(shared.shift[at.slot()][row]);
+    const float lower = power_of_two(shared.shift[at.slot()][row + 8]);
 #pragma unroll
     for (int i = 0; i < 128; ++i) out[i] *= i % 4 < 2 ? upper : lower;
   }

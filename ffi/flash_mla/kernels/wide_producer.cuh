@@ -55,6 +55,8 @@ struct Producer {
       } else {
         tma_load_4d_multicast(to, map, full, Config::kMulticast, 0, 0, tile, group);
       }
+      // The rotary tile follows once there is room for it, and is then wanted at once.
+      if (tile == 0) tma_prefetch_4d(&p.rope_map, 0, 0, kKeyTiles - 1, group);
     }
   }
 

@@ -75,8 +75,15 @@ struct Scores {
           wgmma::mma<kK, kK>(Element{}, s, from + 2 * step, k + 2 * step, true);
         }
       }
+      if (t == Config::kOpenTile) wgmma::commit_group();
     }
     wgmma::commit_group();
+    // The rotary tile is often the last to come. What waits for it need not wait for more.
+    const bool late = !mbarrier_test_wait(&shared.rope_full[at.slot()], at.slot_phase());
+    if (late && open_previous) {
+      wgmma::wait_group<1>();
+      if (lane_id() == 0) mbarrier_arrive(&shared.go[at.slot() ^ 1]);
+    }
     mbarrier_wait(&shared.rope_full[at.slot()], at.slot_phase());
     wgmma::fence();
     const u64 k = wgmma::descriptor(shared_address(shared.rope[at.slot()]));
@@ -86,16 +93,15 @@ struct Scores {
       wgmma::mma<kK, kK>(Element{}, s, from + 2 * step, k + 2 * step, true);
     }
     wgmma::commit_group();
-    wgmma::wait_group<1>();
-    if (open_previous && lane_id() == 0) mbarrier_arrive(&shared.go[at.slot() ^ 1]);
+    wgmma::wait_group<2>();
+    if (!late && open_previous && lane_id() == 0) mbarrier_arrive(&shared.go[at.slot() ^ 1]);
     wgmma::wait_group<0>();
   }
 
-  // Scales to base 2 and hides what the rows may not see. `tokens`: to the request's end.
+  // Hides what the rows may not see. `tokens`: to the request's end.
   JAX_DS_DEVICE void mask(int tokens, float (&s)[32]) const {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) s[i] *= p.scale_log2;
-    if (tokens - (p.causal ? p.S - 1 : 0) >= kBlock) return;
+    if (tokens - (p.causal ? p.S - 1 : 0) >= kBlock) [[likely]]
+      return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Counted from this lane's first token, so that each comparison is with a constant.
@@ -109,31 +115,35 @@ struct Scores {
     }
   }
 
-  // Scores to probabilities; what the output so far is scaled by goes to shared memory.
-  JAX_DS_DEVICE void softmax(float (&s)[32]) {
+  // Moves the reference points up to the rows' maxima where these have outgrown them.
+  JAX_DS_DEVICE void move_references(float (&largest)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = s[2 * half];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        largest = fmaxf(largest, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
-      }
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-      const u32 shift = move_reference(reference[half], largest);
+      float m = largest[half];
+      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+      m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+      const u32 shift = move_reference(reference[half], m);
       if (lane_id() % 4 == 0) shared.shift[at.slot()][row + 8 * half] = shift;
-      const float zero = finite_reference(reference[half]);
-      float added = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& a = s[4 * i + 2 * half];
-        float& b = s[4 * i + 2 * half + 1];
-        a = exp2_approx(a - zero);
-        b = exp2_approx(b - zero);
-        added += a + b;
-      }
-      sum[half] = sum[half] * power_of_two(shift) + added;
+      sum[half] *= power_of_two(shift);
     }
+  }
+
+  // Scores to probabilities.
+  JAX_DS_DEVICE void softmax(float (&s)[32]) {
+    float largest[2] = {s[0], s[2]};  // of this thread's
+#pragma unroll
+    for (int i = 0; i < 32; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], s[i]);
+    for (float& m : largest) m *= p.scale_log2;
+    const bool outgrown = largest[0] > reference[0] + kLag || largest[1] > reference[1] + kLag;
+    const bool moved = __any_sync(0xffffffffu, outgrown);
+    if (moved) [[unlikely]]
+      move_references(largest);
+    if (lane_id() == 0) shared.moved[at.slot()][row / 16] = moved;
+    const float zero[2] = {finite_reference(reference[0]), finite_reference(reference[1])};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[i] = exp2_approx(fmaf(s[i], p.scale_log2, -zero[i / 2 % 2]));
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sum[i / 2 % 2] += s[i];
   }
 
   // P takes the rotary tile's place.
@@ -151,10 +161,11 @@ struct Scores {
 
   // Unused slots of a page may hold NaN, which a zero probability would not hide.
   JAX_DS_DEVICE void clear_unused_values(int tokens) const {
+#pragma unroll 1
     for (int i = tokens * 64 + threadIdx.x % 128; i < kBlock * 64; i += 128) {
-      const int row = i / 64, tile = i / 8 % 8, chunk = i % 8;
-      const u8* target = shared.values[at.stage()][row / kGroupRows][tile];
-      st_shared_v4(shared_address(target) + row % kGroupRows * 128 + chunk * 16, 0, 0, 0, 0);
+      const int token = i / 64, tile = i / 8 % 8, chunk = i % 8;
+      const u8* target = shared.values[at.stage()][token / kGroupRows][tile];
+      st_shared_v4(shared_address(target) + token % kGroupRows * 128 + chunk * 16, 0, 0, 0, 0);
     }
   }
 
@@ -164,7 +175,8 @@ struct Scores {
       sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
       sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
       if (lane_id() % 4 != 0) continue;
-      shared.inverse[at.slot()][row + 8 * half] = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];
+      const float inverse = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];
+      shared.inverse[at.slot()][row + 8 * half] = inverse;
       const float lse = reference[half] + log2_approx(sum[half]);
       if (item.part != kWhole) {
         p.partial_lse[partial_row<Config>(p, shared.place, item.part) + row + 8 * half] = lse;
@@ -191,17 +203,19 @@ struct Scores {
       softmax(s);
       bar_sync(1, 128);  // all warps have done with the rotary tile
       store_probabilities(s);
-      if (tokens < kBlock) clear_unused_values(tokens);
-      if (blocks == 1) finish(item);
+      if (tokens < kBlock) [[unlikely]]
+        clear_unused_values(tokens);
+      if (blocks == 1) [[unlikely]]
+        finish(item);
       fence_proxy_async_shared();
       __syncwarp();
       const u32 slot = at.slot();
       at.template advance_stage<Config::kStages>();
+      at.advance_slot();
       // The next block opens this one's P V, unless there is none or it is still to come.
       opened =
           blocks == 1 || !mbarrier_test_wait(&shared.values_full[at.stage()], at.stage_phase());
       if (opened && lane_id() == 0) mbarrier_arrive(&shared.go[slot]);
-      at.advance_slot();
     }
   }
 
