@@ -59,13 +59,14 @@ def main() -> int:
     parser.add_argument("--nccl", default="", help="libnccl.so.2 for the tests of several ranks")
     options, arguments = parser.parse_known_args()
     if arguments:
-        return _one_process(arguments).status
+        return _one_process("gpu", options.nccl, arguments).status
     digest, machine = sources_sha256(), _machine(options.nccl)
+    marks = "gpu or multigpu" if machine["gpus"] > 1 else "gpu"
     runs: dict[str, Run] = {}
     for name, (ranks, nodes) in RUNS.items():
         print(f"== {name}", flush=True)
         if ranks == 1:
-            runs[name] = _one_process([])
+            runs[name] = _one_process(marks, options.nccl, [])
         elif isinstance(machine["nccl"], int):
             runs[name] = _ranks(ranks, nodes, options.nccl)
         else:
@@ -75,8 +76,9 @@ def main() -> int:
     return 0 if _complete(runs) else 1
 
 
-def _one_process(arguments: list[str]) -> Run:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:benchmark"]
+def _one_process(marks: str, nccl: str, arguments: list[str]) -> Run:
+    command = ["env", f"LD_PRELOAD={nccl}"] if nccl else []
+    command += [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:benchmark"]
     if not any(argument.startswith("-n") for argument in arguments):
         command += ["-n", str(_PROCESSES)]
     return _run(command, "--junitxml={reports}/all.xml", arguments, 1)
