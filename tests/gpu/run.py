@@ -1,6 +1,6 @@
 """Runs the tests that need a Hopper GPU and records every outcome: `make gpu-test`.
 
-    python3 tests/gpu/run.py [--nccl /path/to/libnccl.so.2] [arguments of pytest]
+    python3 tests/gpu/run.py [--nccl /path/to/libnccl.so.2] [--timeout 300] [arguments of pytest]
 
 It needs the native module (`make setup`, or built elsewhere and put beside jax_ds/__init__.py) and,
 of the interpreter that runs it, JAX for CUDA, pytest, pytest-xdist and hypothesis. First come the
@@ -57,6 +57,7 @@ def main() -> int:
     """Zero if everything ran and nothing failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nccl", default="", help="libnccl.so.2 for the tests of several ranks")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for each part of ranks")
     options, arguments = parser.parse_known_args()
     if arguments:
         return _one_process("gpu", options.nccl, arguments).status
@@ -68,7 +69,7 @@ def main() -> int:
         if ranks == 1:
             runs[name] = _one_process(marks, options.nccl, [])
         elif isinstance(machine["nccl"], int):
-            runs[name] = _ranks(ranks, nodes, options.nccl)
+            runs[name] = _ranks(ranks, nodes, options)
         else:
             print(f"not run: {machine['nccl']}")
         # After every run: one that is killed later has recorded what it had.
@@ -84,10 +85,11 @@ def _one_process(marks: str, nccl: str, arguments: list[str]) -> Run:
     return _run(command, "--junitxml={reports}/all.xml", arguments, 1)
 
 
-def _ranks(ranks: int, nodes: int, nccl: str) -> Run:
+def _ranks(ranks: int, nodes: int, options: argparse.Namespace) -> Run:
     command = [sys.executable, str(ROOT / "tests" / "gpu" / "multirank.py")]
     command += ["--ranks", str(ranks), "--nodes", str(nodes), "--lines", "1"]
-    command += ["--nccl", nccl] if nccl else []
+    command += ["--timeout", str(options.timeout)]
+    command += ["--nccl", options.nccl] if options.nccl else []
     return _run([*command, "--"], "--junitxml={reports}/{rank}.xml", [], ranks)
 
 
