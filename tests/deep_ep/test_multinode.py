@@ -1,6 +1,6 @@
 """The kernels over (node, gpu) against the portable implementation, one process for each rank.
 
-With NODES=1 the node axis has one position, and nothing crosses it.
+`make gpu-test-multirank NODES=2` starts the processes.
 """
 
 from typing import Any
@@ -20,6 +20,7 @@ from tests.deep_ep.ranks import (
     far,
     group_size,
     mine,
+    nodes,
     on_ranks,
 )
 
@@ -48,7 +49,10 @@ SIZES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def ranks() -> int:
-    return group_size()
+    ranks = group_size()
+    if nodes() == 1:
+        pytest.skip("needs NODES=2 or more")
+    return ranks
 
 
 @pytest.mark.parametrize("name", SIZES)
