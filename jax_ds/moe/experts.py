@@ -1,5 +1,7 @@
 """The routed experts' products outside the custom_vjp: bfloat16, and the low-latency form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
@@ -82,9 +84,10 @@ def low_latency(
         hidden = deep_gemm.fp8_masked_gemm(
             rows, _quantized(gate_up, impl), sizes, implementation=impl
         )
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        act = quantization.swiglu_quantize_1x128(flat, implementation=impl)
-        act = jax.tree.map(lambda leaf: leaf.reshape(*hidden.shape[:2], -1), act)
+        # Of each expert's region only the rows that have a token are read and written.
+        act = jax.vmap(functools.partial(quantization.swiglu_quantize_1x128, implementation=impl))(
+            hidden, sizes
+        )
         out = deep_gemm.fp8_masked_gemm(act, _quantized(down, impl), sizes, implementation=impl)
     else:
         assert not isinstance(gate_up, Quantized)

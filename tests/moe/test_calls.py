@@ -13,12 +13,12 @@ from tests.moe import cases
 from tests.moe.cases import CASES, MoECase
 
 
-def _program(case: MoECase, *, backward: bool) -> str:
+def _program(case: MoECase, *, backward: bool, **keywords: Any) -> str:
     given = cases.inputs(case)
     tokens = jax.P(case.axis_name)
 
     def layer(x: Any, params: MoEParams) -> Any:
-        return moe_layer(x, params, **case.layer)[0]
+        return moe_layer(x, params, **case.layer, **keywords)[0]
 
     mapped = jax.shard_map(
         layer,
@@ -74,6 +74,16 @@ def test_swiglu_is_fused_with_its_quantizer() -> None:
     assert f"tensor<{rows}x192xbf16>" in text
     assert f"tensor<{rows}x96xf8E4M3FN>" in text
     assert f"tensor<{rows}x96xbf16>" not in text
+
+
+def test_decoding_quantizes_the_rows_that_hold_tokens() -> None:
+    """One call for all experts' regions, with the number of rows of each."""
+    case = dataclasses.replace(CASES[0], shared=0, hidden=256, ffn=128)
+    text = _program(case, backward=False, low_latency=True)
+    regions = f"tensor<2x{8 * case.tokens}x256xbf16>"
+    calls = [line for line in text.splitlines() if "custom_call @jax_ds_quantize_rows" in line]
+    assert [line for line in calls if f": ({regions}, tensor<2xi32>)" in line]
+    assert _counts(text)["gemm"] == 2
 
 
 def test_nothing_waits_for_the_host() -> None:
