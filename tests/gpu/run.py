@@ -1,15 +1,19 @@
 """Runs the tests that need a Hopper GPU and records every outcome: `make gpu-test`.
 
-    python3 tests/gpu/run.py [--nccl /path/to/libnccl.so.2] [--timeout 300] [arguments of pytest]
+    python3 tests/gpu/run.py [--nccl /path/to/libnccl.so.2] [--timeout 300] [--only PART]
+                             [arguments of pytest]
 
 It needs the native module (`make setup`, or built elsewhere and put beside jax_ds/__init__.py) and,
 of the interpreter that runs it, JAX for CUDA, pytest, pytest-xdist and hypothesis. First come the
 tests of one process, then those of several ranks, which share the GPUs there are; ranks need NCCL
-2.30.4 or newer: `--nccl` names one to use in place of the installed one. With arguments for pytest
-only the first part runs and nothing is recorded, because the run is not complete.
+2.30.4 or newer: `--nccl` names one to use in place of the installed one. Where there are several
+GPUs, the parts run side by side. `--only` repeats a part, and keeps what the record says of the
+others if it is of the same sources. With arguments for pytest only the first part runs and nothing
+is recorded, because the run is not complete.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import importlib.metadata
@@ -58,49 +62,77 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nccl", default="", help="libnccl.so.2 for the tests of several ranks")
     parser.add_argument("--timeout", type=int, default=300, help="seconds for each part of ranks")
+    parser.add_argument(
+        "--only", action="append", choices=RUNS, help="a part to run, may be repeated; default all"
+    )
     options, arguments = parser.parse_known_args()
     if arguments:
-        return _one_process("gpu", options.nccl, arguments).status
+        return _one_process(options.nccl, {}, arguments).status
     digest, machine = sources_sha256(), _machine(options.nccl)
-    marks = "gpu or multigpu" if machine["gpus"] > 1 else "gpu"
-    runs: dict[str, Run] = {}
-    for name, (ranks, nodes) in RUNS.items():
-        print(f"== {name}", flush=True)
-        if ranks == 1:
-            runs[name] = _one_process(marks, options.nccl, [])
-        elif isinstance(machine["nccl"], int):
-            runs[name] = _ranks(ranks, nodes, options)
-        else:
-            print(f"not run: {machine['nccl']}")
-        # After every run: one that is killed later has recorded what it had.
-        _record(digest, machine, runs)
+    wanted = {name: RUNS[name] for name in options.only or RUNS}
+    if not isinstance(machine["nccl"], int):
+        print(f"no tests of several ranks: {machine['nccl']}")
+        wanted = {name: shape for name, shape in wanted.items() if shape == (1, 1)}
+    runs = {name: run for name, run in _recorded(digest).items() if name not in wanted}
+    with concurrent.futures.ThreadPoolExecutor(len(RUNS) if machine["gpus"] > 1 else 1) as pool:
+        parts = {pool.submit(_part, name, machine["gpus"], options): name for name in wanted}
+        for part in concurrent.futures.as_completed(parts):
+            # After every part: a run that is killed later has recorded what it had.
+            runs[parts[part]] = part.result()
+            _record(digest, machine, runs)
     return 0 if _complete(runs) else 1
 
 
-def _one_process(marks: str, nccl: str, arguments: list[str]) -> Run:
+def _part(name: str, gpus: int, options: argparse.Namespace) -> Run:
+    """One of RUNS, on a GPU of its own as far as there are several."""
+    ranks, nodes = RUNS[name]
+    if gpus == 1:
+        devices = "0"
+    elif ranks == 1:
+        devices = str(gpus - 1)
+    elif ranks <= gpus:
+        devices = ",".join(str(gpu) for gpu in range(ranks))
+    else:
+        devices = str((nodes - 1) % gpus)
+    environment = {"CUDA_VISIBLE_DEVICES": devices}
+    if ranks == 1:
+        return _one_process(options.nccl, environment, [])
+    return _ranks(ranks, nodes, environment, options)
+
+
+def _recorded(digest: str) -> dict[str, Run]:
+    """What the record says of these sources."""
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if record.get("sources_sha256") != digest:
+        return {}
+    return {name: Run(**run) for name, run in record["runs"].items()}
+
+
+def _one_process(nccl: str, environment: dict[str, str], arguments: list[str]) -> Run:
     command = ["env", f"LD_PRELOAD={nccl}"] if nccl else []
-    command += [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:benchmark"]
+    command += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:benchmark"]
     if not any(argument.startswith("-n") for argument in arguments):
         command += ["-n", str(_PROCESSES)]
-    return _run(command, "--junitxml={reports}/all.xml", arguments, 1)
+    return _run([*command, "--junitxml={reports}/all.xml", *arguments], environment, 1)
 
 
-def _ranks(ranks: int, nodes: int, options: argparse.Namespace) -> Run:
+def _ranks(ranks: int, nodes: int, environment: dict[str, str], options: argparse.Namespace) -> Run:
     command = [sys.executable, str(ROOT / "tests" / "gpu" / "multirank.py")]
     command += ["--ranks", str(ranks), "--nodes", str(nodes), "--lines", "1"]
     command += ["--timeout", str(options.timeout)]
     command += ["--nccl", options.nccl] if options.nccl else []
-    return _run([*command, "--"], "--junitxml={reports}/{rank}.xml", [], ranks)
+    return _run([*command, "--", "--junitxml={reports}/{rank}.xml"], environment, ranks)
 
 
-def _run(command: list[str], report: str, arguments: list[str], count: int) -> Run:
-    environment = dict(os.environ)
+def _run(command: list[str], environment: dict[str, str], count: int) -> Run:
+    """Runs `command`, which leaves `count` reports in the folder that {reports} stands for."""
+    environment = {**os.environ, **environment}
     # Several processes on one GPU: none may take all its memory at the start.
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}".strip()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        command = [*command, report.replace("{reports}", folder), *arguments]
+        command = [word.replace("{reports}", folder) for word in command]
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         reports = sorted(pathlib.Path(folder).glob("*.xml"))
         outcomes = _merged([_outcomes(file) for file in reports])
