@@ -38,8 +38,15 @@ class NodeRoute:
     node_axis: str = dataclasses.field(metadata={"static": True})
     gpu_axis: str = dataclasses.field(metadata={"static": True})
 
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return self.node_token.shape[0]
+
     def stage(self, x: Shaped[Array, "T W"]) -> Shaped[Array, "U W"]:
         """Sends each token once to each other node that needs it; this GPU's staged slots."""
+        if self.num_nodes == 1:
+            return x
         return _cross_nodes(x, self.node_token, self.node_axis)
 
     def num_crossing(self) -> Int[Array, ""]:
@@ -66,6 +73,8 @@ class NodeRoute:
 
         What crosses the network has the dtype of `sums`, rounded to it once.
         """
+        if self.num_nodes == 1:
+            return sums
         num_nodes, num_slots = self.node_token.shape
         num_tokens, width = self.node_slot.shape[1], sums.shape[1]
         own, others = sums[:num_tokens], sums[num_tokens:]

@@ -29,6 +29,11 @@ class FlatRoute:
     needed: Bool[Array, "R T"]
     axis_name: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
+    @property
+    def num_nodes(self) -> int:
+        """All ranks count as one node: each reaches every other directly."""
+        return 1
+
     def stage(self, x: Shaped[Array, "T W"]) -> Shaped[Array, "T W"]:
         """What this rank has to spread: its own tokens."""
         return x

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from jax_ds.deep_ep.plan import DispatchPlan, in_columns
-from jax_ds.deep_ep.route import FlatRoute
 from jax_ds.quantization import Quantized
 
 
@@ -78,7 +77,7 @@ def stage(plan: DispatchPlan, *arrays: Shaped[Array, "T _"]) -> list[Array]:
 
     Several arrays cross the network as one message.
     """
-    if isinstance(plan.route, FlatRoute) or len(arrays) == 1:
+    if plan.route.num_nodes == 1 or len(arrays) == 1:
         return [plan.route.stage(array) for array in arrays]
     return unpack(plan.route.stage(pack(*arrays)), *widths(*arrays))
 
