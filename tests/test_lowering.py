@@ -76,6 +76,10 @@ def _exchange(*, low_latency: bool) -> Callable[..., Any]:
     return exchange
 
 
+def _packed_prefill(q: jax.Array, k: jax.Array, v: jax.Array, offsets: jax.Array) -> Any:
+    return flash_mla.prefill(q, k, v, None, offsets)
+
+
 DECODE = (_array(2, 1, 128, 576), _array(8, 64, 576), _ints(2, 4), _ints(2))
 PREFILL = (_array(1, 256, 16, 192), _array(1, 256, 16, 192), _array(1, 256, 16, 128))
 EXCHANGE = (_array(128, 256), _ints(128, 4))
@@ -108,8 +112,13 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "decode": (flash_mla.decode, DECODE),
     "append": (flash_mla.append, (DECODE[1], _array(2, 1, 576), *DECODE[2:])),
     "prefill": (flash_mla.prefill, PREFILL),
+    "prefill, packed batches": (_packed_prefill, (*PREFILL, _ints(4))),
     "gradient of decode": (_cotangents(flash_mla.decode, (0, 1)), DECODE),
     "gradient of prefill": (_cotangents(flash_mla.prefill, (0, 1, 2)), PREFILL),
+    "gradient of prefill, packed batches": (
+        _cotangents(_packed_prefill, (0, 1, 2)),
+        (*PREFILL, _ints(4)),
+    ),
     "dispatch, combine": (_exchange(low_latency=False), EXCHANGE),
     "low_latency_dispatch, low_latency_combine": (_exchange(low_latency=True), EXCHANGE),
 }

@@ -13,24 +13,36 @@ struct HeadSizes {
 
 constexpr HeadSizes kHeadSizes[] = {{192, 64, 128}, {192, 0, 128}, {128, 0, 128}, {64, 0, 64}};
 
-PrefillConfig Config(const HeadSizes& sizes, bool causal) {
+PrefillConfig Config(const HeadSizes& sizes, PrefillMask mask) {
   constexpr int kBlockN = 128, kStages = 2, kOrdered = 1;
-  return {sizes.qk_dim, sizes.rope, sizes.v_dim, causal, kBlockN, kStages, kOrdered};
+  return {sizes.qk_dim, sizes.rope, sizes.v_dim, mask, kBlockN, kStages, kOrdered};
 }
 
-PrefillBackwardPlan BackwardPlan(const HeadSizes& sizes, bool causal) {
-  // dk and dv of 192/128 leave registers for scores of 48 queries only.
-  const int walked = sizes.qk_dim == 192 ? 48 : 64, stages = sizes.qk_dim == 192 ? 4 : 3;
-  return {{sizes.qk_dim, sizes.rope, sizes.v_dim, causal, 64, 3},
-          {sizes.qk_dim, sizes.rope, sizes.v_dim, causal, walked, stages}};
+PrefillBackwardPlan BackwardPlan(const HeadSizes& sizes, PrefillMask mask) {
+  constexpr int kWalked = 64, kStages = 3;
+  const PrefillBackwardConfig config = {sizes.qk_dim, sizes.rope, sizes.v_dim,
+                                        mask,         kWalked,    kStages};
+  return {config, config};
 }
 
-ErrorOr<HeadSizes> FindHeadSizes(int64_t qk_dim, int64_t rope, int64_t v_dim) {
+PrefillMask Mask(const PrefillAttributes& a) {
+  return a.packed ? kPackedMask : a.causal ? kCausalMask : kFullMask;
+}
+
+ErrorOr<HeadSizes> FindHeadSizes(const PrefillAttributes& a) {
   for (const HeadSizes& sizes : kHeadSizes) {
-    if (sizes.qk_dim == qk_dim && sizes.rope == rope && sizes.v_dim == v_dim) return sizes;
+    if (sizes.qk_dim == a.qk_dim && sizes.rope == a.rope && sizes.v_dim == a.v_dim) return sizes;
   }
-  return InvalidArgument("head sizes: no prefill kernel for " + std::to_string(qk_dim) + " (" +
-                         std::to_string(rope) + " shared) and " + std::to_string(v_dim));
+  return InvalidArgument("head sizes: no prefill kernel for " + std::to_string(a.qk_dim) + " (" +
+                         std::to_string(a.rope) + " shared) and " + std::to_string(a.v_dim));
+}
+
+ErrorOr<unsigned int> Grid(const char* what, int64_t tiles, int64_t most) {
+  if (tiles > std::numeric_limits<int>::max() / 2) {
+    return InvalidArgument(std::string("q: too many tiles of ") + what + ", " +
+                           std::to_string(tiles));
+  }
+  return static_cast<unsigned int>(std::min(tiles, most));
 }
 
 jit::KernelSpec Spec(const std::string& file, const std::string& kernel, const std::string& config,
@@ -45,58 +57,80 @@ jit::KernelSpec Spec(const std::string& file, const std::string& kernel, const s
   return spec;
 }
 
-jit::KernelSpec BackwardSpec(const std::string& kernel, const PrefillBackwardConfig& c) {
-  return Spec("prefill_backward.cuh", kernel, "PrefillBackwardConfig",
-              {c.qk_dim, c.rope, c.v_dim, c.causal, c.walked, c.stages},
+jit::KernelSpec BackwardSpec(const std::string& file, const std::string& kernel,
+                             const PrefillBackwardConfig& c) {
+  return Spec(file, kernel, "PrefillBackwardConfig",
+              {c.qk_dim, c.rope, c.v_dim, c.mask, c.walked, c.stages},
               PrefillBackwardSharedBytes(c));
 }
 
 }  // namespace
 
-ErrorOr<PrefillConfig> PlanPrefill(int64_t qk_dim, int64_t rope, int64_t v_dim, bool causal) {
-  JAX_DS_ASSIGN_OR_RETURN(HeadSizes sizes, FindHeadSizes(qk_dim, rope, v_dim));
-  return Config(sizes, causal);
+ErrorOr<PrefillConfig> PlanPrefill(const PrefillAttributes& attributes) {
+  JAX_DS_ASSIGN_OR_RETURN(HeadSizes sizes, FindHeadSizes(attributes));
+  return Config(sizes, Mask(attributes));
 }
 
-ErrorOr<PrefillBackwardPlan> PlanPrefillBackward(int64_t qk_dim, int64_t rope, int64_t v_dim,
-                                                 bool causal) {
-  JAX_DS_ASSIGN_OR_RETURN(HeadSizes sizes, FindHeadSizes(qk_dim, rope, v_dim));
-  return BackwardPlan(sizes, causal);
+ErrorOr<PrefillBackwardPlan> PlanPrefillBackward(const PrefillAttributes& attributes) {
+  JAX_DS_ASSIGN_OR_RETURN(HeadSizes sizes, FindHeadSizes(attributes));
+  return BackwardPlan(sizes, Mask(attributes));
 }
 
 jit::KernelSpec PrefillSpec(const PrefillConfig& c) {
   return Spec("prefill.cuh", "Prefill", "PrefillConfig",
-              {c.qk_dim, c.rope, c.v_dim, c.causal, c.block_n, c.stages, c.ordered},
+              {c.qk_dim, c.rope, c.v_dim, c.mask, c.block_n, c.stages, c.ordered},
               PrefillSharedBytes(c));
 }
 
-jit::KernelSpec DqSpec(const PrefillBackwardConfig& c) { return BackwardSpec("PrefillDq", c); }
+jit::KernelSpec DeltaSpec(const PrefillBackwardConfig& c) {
+  jit::KernelSpec spec;
+  spec.file = "flash_mla/kernels/prefill_delta.cuh";
+  spec.entry = "jax_ds::flash_mla::PrefillDelta<" + std::to_string(c.v_dim) + ">";
+  return spec;
+}
 
-jit::KernelSpec DkvSpec(const PrefillBackwardConfig& c) { return BackwardSpec("PrefillDkv", c); }
+jit::KernelSpec DqSpec(const PrefillBackwardConfig& c) {
+  return BackwardSpec("prefill_dq.cuh", "PrefillDq", c);
+}
 
-ErrorOr<PrefillLaunch> LaunchPrefill(int64_t batch, int64_t heads, int64_t rows,
-                                     int multiprocessors) {
-  const int64_t row_tiles = (rows + kPrefillBlockM - 1) / kPrefillBlockM;
-  const int64_t tiles = batch * heads * row_tiles;
-  if (tiles > std::numeric_limits<int>::max() / 2) {
-    return InvalidArgument("q: too many tiles of 128 rows, " + std::to_string(tiles));
+jit::KernelSpec DkvSpec(const PrefillBackwardConfig& c) {
+  return BackwardSpec("prefill_dkv.cuh", "PrefillDkv", c);
+}
+
+jit::KernelSpec PackSpec() {
+  jit::KernelSpec spec;
+  spec.file = "flash_mla/kernels/prefill_packing.cuh";
+  spec.entry = "jax_ds::flash_mla::PrefillPack";
+  return spec;
+}
+
+ErrorOr<unsigned int> PrefillGrid(int64_t batch, int64_t heads, int64_t rows, bool packed,
+                                  int multiprocessors) {
+  if (rows > std::numeric_limits<int>::max() / 8) {
+    return InvalidArgument("q: too many rows, " + std::to_string(rows));
   }
-  // With many tiles a CTA, head after head reads keys from memory once. With few, dealing the
-  // longest of all first is what balances the CTAs.
-  const bool many = tiles >= int64_t{16} * multiprocessors;
-  return PrefillLaunch{many ? 1 : static_cast<int>(batch * heads),
-                       static_cast<unsigned int>(std::min<int64_t>(tiles, multiprocessors))};
+  const int64_t of_head =
+      packed ? packed_max_tiles(static_cast<int>(rows)) : (rows + kHeldRows - 1) / kHeldRows;
+  return Grid("128 rows", batch * heads * of_head, multiprocessors);
+}
+
+ErrorOr<unsigned int> DeltaGrid(int64_t batch, int64_t heads, int64_t queries) {
+  const int64_t tiles = (heads + kDeltaHeads - 1) / kDeltaHeads *
+                        ((queries + kDeltaTokens - 1) / kDeltaTokens) * batch;
+  return Grid("32 tokens", tiles, tiles);
 }
 
 std::vector<jit::KernelSpec> AllPrefillKernels() {
-  std::vector<jit::KernelSpec> specs;
+  std::vector<jit::KernelSpec> specs = {PackSpec()};
   for (const HeadSizes& sizes : kHeadSizes) {
-    for (bool causal : {true, false}) {
-      specs.push_back(PrefillSpec(Config(sizes, causal)));
-      specs.push_back(DqSpec(BackwardPlan(sizes, causal).dq));
-      specs.push_back(DkvSpec(BackwardPlan(sizes, causal).dkv));
+    for (PrefillMask mask : {kCausalMask, kFullMask, kPackedMask}) {
+      const PrefillBackwardPlan plan = BackwardPlan(sizes, mask);
+      specs.push_back(PrefillSpec(Config(sizes, mask)));
+      specs.push_back(DqSpec(plan.dq));
+      specs.push_back(DkvSpec(plan.dkv));
     }
   }
+  for (int v_dim : {64, 128}) specs.push_back(DeltaSpec({0, 0, v_dim, 0, 0, 0}));
   return specs;
 }
 

@@ -11,30 +11,33 @@
 
 namespace jax_ds::flash_mla {
 
-// The kernel for queries and keys of `qk_dim` columns, the last `rope` of which all heads share,
-// and values of `v_dim`. Other head sizes than 192/128, 128/128 and 64/64 have none.
-ErrorOr<PrefillConfig> PlanPrefill(int64_t qk_dim, int64_t rope, int64_t v_dim, bool causal);
+// What a call's attributes say. Other head sizes than 192/128, 128/128 and 64/64 have no kernel.
+struct PrefillAttributes {
+  int64_t qk_dim, rope, v_dim;  // columns of queries, of the part that all keys share, of values
+  bool causal, packed;
+};
 
-jit::KernelSpec PrefillSpec(const PrefillConfig& config);
+ErrorOr<PrefillConfig> PlanPrefill(const PrefillAttributes& attributes);
 
-// The two kernels of the gradient, for the same head sizes.
+// The two large kernels of the gradient.
 struct PrefillBackwardPlan {
   PrefillBackwardConfig dq, dkv;
 };
-ErrorOr<PrefillBackwardPlan> PlanPrefillBackward(int64_t qk_dim, int64_t rope, int64_t v_dim,
-                                                 bool causal);
+ErrorOr<PrefillBackwardPlan> PlanPrefillBackward(const PrefillAttributes& attributes);
 
+jit::KernelSpec PrefillSpec(const PrefillConfig& config);
+jit::KernelSpec DeltaSpec(const PrefillBackwardConfig& config);
 jit::KernelSpec DqSpec(const PrefillBackwardConfig& config);
 jit::KernelSpec DkvSpec(const PrefillBackwardConfig& config);
+jit::KernelSpec PackSpec();
 
-// How to launch any of them over tiles of 128 `rows` of each head, on a device of so many
-// multiprocessors.
-struct PrefillLaunch {
-  int section;  // pairs of batch and head whose tiles are walked together
-  unsigned int grid;
-};
-ErrorOr<PrefillLaunch> LaunchPrefill(int64_t batch, int64_t heads, int64_t rows,
-                                     int multiprocessors);
+// CTAs that take tiles of 128 `rows` of each head, on a device of so many multiprocessors; of a
+// packed batch, whose tiles only the device knows, as many as there can be.
+ErrorOr<unsigned int> PrefillGrid(int64_t batch, int64_t heads, int64_t rows, bool packed,
+                                  int multiprocessors);
+
+// CTAs of the gradient's first kernel.
+ErrorOr<unsigned int> DeltaGrid(int64_t batch, int64_t heads, int64_t queries);
 
 std::vector<jit::KernelSpec> AllPrefillKernels();
 

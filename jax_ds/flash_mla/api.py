@@ -229,12 +229,18 @@ def prefill(
 
     Differentiable (reverse mode) with respect to q, k, v and k_rope, through out and lse. Nothing
     of size Sq * Sk is stored, forward or backward; blocks that the mask hides are skipped, so
-    causal attention costs half. The portable implementation is deterministic.
+    causal attention costs half. Deterministic: the same operands give the same bits, gradients
+    included.
+
+    The kernels take bfloat16 and heads of 192/128 (with or without a shared k_rope of 64), 128/128
+    and 64/64; anything else takes the portable path, or is an error with `implementation="cuda"`.
 
     Packed batches: with `cu_seqlens_q` (and `cu_seqlens_k`, the same if None) B is 1, and
     sequence n consists of queries `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1]` and of the keys that
-    `cu_seqlens_k` says; each attends within itself, with its own causal alignment. Tokens outside
-    the offsets are padding: their values, NaN included, touch nothing. A NaN in a token that does
+    `cu_seqlens_k` says; each attends within itself, with its own causal alignment. The offsets may
+    change from call to call without compiling anew; lengths of 0 are allowed. Tokens outside the
+    offsets are padding: their values, NaN included, touch nothing, and they get out 0, lse -inf and
+    zero gradients. A NaN in a token that does
     belong to a sequence may show in any query, as in every blockwise attention.
 
     Args:

@@ -103,34 +103,36 @@ def append(kv_pages: Array, kv: Array, page_table: Array, seq_lens: Array) -> Ar
 
 
 def prefill_unsupported(operands: PrefillOperands) -> str | None:
-    """Why the prefill kernel cannot take these operands; None if it can."""
-    q, _, v, k_rope, cu_seqlens_q, _ = operands
+    """Why the prefill kernels cannot take these operands; None if they can."""
+    q, _, v, k_rope, *_ = operands
     if q.dtype != jnp.bfloat16:
-        return f"the kernel takes bfloat16, got {q.dtype.name}"
-    if cu_seqlens_q is not None:
-        return "the kernel takes no packed batches"
+        return f"the kernels take bfloat16, got {q.dtype.name}"
     widths = (q.shape[3], 0 if k_rope is None else k_rope.shape[3], v.shape[3])
     if widths not in _PREFILL_HEADS:
         return (
-            f"the kernel takes head sizes 192/128, 128/128 and 64/64, got {widths[0]}/{widths[2]}"
+            f"the kernels take head sizes 192/128, 128/128 and 64/64, got {widths[0]}/{widths[2]}"
         )
     return None
 
 
 def prefill(config: PrefillConfig, operands: PrefillOperands) -> tuple[Array, Array]:
     """`api.prefill`: out [B, Sq, H, V] and lse [B, Sq, H]."""
-    q, k, v, k_rope, *packing = operands
-    assert packing == [None, None]
-    *rows, width = q.shape
+    q, k, v, *_, cu_seqlens_q, _ = operands
+    *rows, _ = q.shape
     out = jax.ShapeDtypeStruct((*rows, v.shape[3]), q.dtype)
     lse = jax.ShapeDtypeStruct(tuple(rows), jnp.float32)
     if min(q.size, k.size) == 0:
         return jnp.zeros(out.shape, out.dtype), jnp.full(lse.shape, -jnp.inf, lse.dtype)
+    packed = cu_seqlens_q is not None
     results = ffi_call(
         "jax_ds_flash_mla_prefill",
-        [out, lse],
-        *([q, k, v] if k_rope is None else [q, k, v, k_rope]),
-        attributes=_prefill_attributes(config, width, v, k_rope),
+        [out, lse, *([_packed_lists(q.shape[1])] if packed else [])],
+        q,
+        k,
+        v,
+        *_optional(operands),
+        attributes=_prefill_attributes(config, operands),
+        vmap_method=_prefill_vmap(operands),
     )
     return results[0], results[1]
 
@@ -139,41 +141,70 @@ def prefill_backward(
     config: PrefillConfig, residuals: PrefillResiduals, dout: Array, dlse: Array
 ) -> tuple[Array, Array, Array, Array | None]:
     """Gradients of q, k, v and k_rope."""
-    (q, k, v, k_rope, *packing), out, lse = residuals
-    assert packing == [None, None]
+    operands, out, lse = residuals
+    q, k, v, k_rope, cu_seqlens_q, _ = operands
     if min(q.size, k.size) == 0:
         dq, dk, dv, dk_rope = jax.tree.map(jnp.zeros_like, (q, k, v, k_rope))
         return dq, dk, dv, dk_rope
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
-    # Queries that see no key: probabilities of zero, and no NaN of theirs may meet them.
-    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
-    blind = q.shape[1] - k.shape[1]
-    if config.causal and blind > 0:
-        q, dout, delta = (x.at[:, :blind].set(0) for x in (q, dout, delta))
-    operands = [q, k, v, dout, jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2)]
+    batch, queries, heads, _ = q.shape
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    # Workspace, as results: what the kernels need of each query in rows of 16 bytes or a multiple,
+    # and the counters from which they draw their tiles.
+    statistics = (batch, heads, 2, -(-queries // 4) * 4)
+    outputs.append(jax.ShapeDtypeStruct(statistics, jnp.float32))
+    outputs.append(jax.ShapeDtypeStruct((2,), jnp.int32))
     if k_rope is not None:
-        operands.append(k_rope)
         outputs.append(jax.ShapeDtypeStruct((*k.shape[:3], k_rope.shape[3]), k_rope.dtype))
-    dq, dk, dv, *parts = ffi_call(
+    if cu_seqlens_q is not None:
+        outputs.append(_packed_lists(queries, k.shape[1]))
+    results = ffi_call(
         "jax_ds_flash_mla_prefill_backward",
         outputs,
-        *operands,
-        attributes=_prefill_attributes(config, q.shape[3], v, k_rope),
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        dlse,
+        *_optional(operands),
+        attributes=_prefill_attributes(config, operands),
+        vmap_method=_prefill_vmap(operands),
     )
+    dq, dk, dv = results[:3]
     if k_rope is None:
         return dq, dk, dv, None
-    dk_rope = jnp.sum(parts[0].astype(jnp.float32), axis=2, keepdims=True)
+    dk_rope = jnp.sum(results[5].astype(jnp.float32), axis=2, keepdims=True)
     return dq, dk, dv, dk_rope.astype(k_rope.dtype)
 
 
-def _prefill_attributes(
-    config: PrefillConfig, width: int, v: Array, k_rope: Array | None
-) -> dict[str, Any]:
+def _optional(operands: PrefillOperands) -> list[Array]:
+    return [x for x in operands[3:] if x is not None]
+
+
+def _packed_lists(*rows: int) -> jax.ShapeDtypeStruct:
+    """Memory for the lists of a packed batch: as many words as PackedLayout counts for each side,
+    a header, four words a tile and one to cut it, and two a row."""
+
+    def words(rows: int) -> int:
+        tiles = 3 * -(-rows // 128) + 5
+        return -(-(4 + 5 * tiles + 2 * rows) // 4) * 4
+
+    return jax.ShapeDtypeStruct((sum(map(words, rows)),), jnp.int32)
+
+
+def _prefill_attributes(config: PrefillConfig, operands: PrefillOperands) -> dict[str, Any]:
+    q, _, v, k_rope, cu_seqlens_q, _ = operands
     return {
-        "qk_dim": width,
+        "qk_dim": q.shape[3],
         "rope": 0 if k_rope is None else k_rope.shape[3],
         "v_dim": v.shape[3],
         "causal": config.causal,
+        "packed": cu_seqlens_q is not None,
         "scale": np.float32(config.scale),
     }
+
+
+def _prefill_vmap(operands: PrefillOperands) -> str:
+    """A packed batch has one set of offsets: elements of a vmapped one are called in turn."""
+    return "broadcast_all" if operands.cu_seqlens_q is None else "sequential"

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "flash_mla/kernels/prefill_common.cuh"
-#include "flash_mla/kernels/prefill_config.h"
+#include "flash_mla/kernels/prefill_tiles.cuh"
 
 namespace jax_ds::flash_mla {
 
@@ -26,6 +26,7 @@ struct PrefillStorage {
   u8 k[kConfig.stages][kConfig.qk_dim / 64][kKeySlab];
   u8 v[kConfig.stages][kConfig.v_dim / 64][kKeySlab];
   u8 staging[8][2048];
+  TileBoard board;
   PipelineBarriers<1> q_ring;
   PipelineBarriers<kConfig.stages> k_ring;
   PipelineBarriers<kConfig.stages> v_ring;
@@ -40,25 +41,6 @@ constexpr bool prefill_legal() {
   return true;
 }
 
-// ---- schedule -----------------------------------------------------------------------------------
-
-// This CTA's tile of queries in round `round`.
-template <PrefillConfig kConfig>
-JAX_DS_DEVICE bool prefill_tile(const PrefillParams& p, int round, HeadTile& tile) {
-  return head_tile(round, p.batch, p.heads, p.queries, p.section, kConfig.causal, tile);
-}
-
-// Tiles of keys that any query of the tile sees.
-template <PrefillConfig kConfig>
-JAX_DS_DEVICE int prefill_blocks(const PrefillParams& p, const HeadTile& tile) {
-  int keys = p.keys;
-  if (kConfig.causal) {
-    const int rows_end = min(tile.row + kPrefillBlockM, p.queries);
-    keys = max(0, min(keys, rows_end + p.keys - p.queries));
-  }
-  return (keys + kConfig.block_n - 1) / kConfig.block_n;
-}
-
 // ---- producer: one thread -----------------------------------------------------------------------
 
 template <PrefillConfig kConfig>
@@ -67,26 +49,27 @@ JAX_DS_DEVICE void prefill_produce(const PrefillParams& p, PrefillStorage<kConfi
   constexpr int kOwnSlabs = (kConfig.qk_dim - kConfig.rope) / 64;
   Pipeline<1> q_ring(s.q_ring);
   Pipeline<kConfig.stages> k_ring(s.k_ring), v_ring(s.v_ring);
-  HeadTile tile;
-  for (int round = 0; prefill_tile<kConfig>(p, round, tile); ++round) {
-    const int kv_head = tile.head / (p.heads / p.kv_heads);
+  TileReader<false> reader(s.board);
+  while (reader.next()) {
+    const HeldTile tile = reader.tile();
+    const int kv_head = tile.head / (p.queries.heads / p.kv_heads);
     auto load_keys = [&](int block) {
       k_ring.acquire();
       k_ring.commit(sizeof(s.k[0]));
-      load_slabs<kN>(s.k[k_ring.slot()][0], &p.k, k_ring.full(), kOwnSlabs, kv_head, block * kN,
-                     tile.batch);
+      load_slabs<kN>(s.k[k_ring.slot()][0], &p.k, k_ring.full(), kOwnSlabs, kv_head,
+                     tile.first + block * kN, tile.batch);
       load_slabs<kN>(s.k[k_ring.slot()][kOwnSlabs], &p.k_rope, k_ring.full(), kConfig.rope / 64, 0,
-                     block * kN, tile.batch);
+                     tile.first + block * kN, tile.batch);
       k_ring.advance();
     };
     auto load_values = [&](int block) {
       v_ring.acquire();
       v_ring.commit(sizeof(s.v[0]));
       load_slabs<kN>(s.v[v_ring.slot()][0], &p.v, v_ring.full(), kConfig.v_dim / 64, kv_head,
-                     block * kN, tile.batch);
+                     tile.first + block * kN, tile.batch);
       v_ring.advance();
     };
-    const int blocks = prefill_blocks<kConfig>(p, tile);
+    const int blocks = walked_blocks(tile, kN);
     if (blocks == 0) continue;  // the consumers write zeros
     q_ring.acquire();
     q_ring.commit(sizeof(s.q));
@@ -159,20 +142,6 @@ struct OnlineSoftmax {
 
 // ---- consumer: one math warpgroup ---------------------------------------------------------------
 
-// Hides what the mask hides: keys past `limit[half]`, the number of keys the row sees.
-template <int kColumns>
-JAX_DS_DEVICE void prefill_mask(float (&scores)[kColumns / 2], int first_key,
-                                const int (&limit)[2]) {
-  const int column = first_key + lane_id() % 4 * 2;
-#pragma unroll
-  for (int j = 0; j < kColumns / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (column + 8 * j + i % 2 >= limit[i / 2]) scores[4 * j + i] = -kInfinity;
-    }
-  }
-}
-
 template <PrefillConfig kConfig>
 JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfig>& s) {
   constexpr int kN = kConfig.block_n;
@@ -185,38 +154,32 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
 
   Pipeline<1> q_ring(s.q_ring);
   Pipeline<kConfig.stages> k_ring(s.k_ring), v_ring(s.v_ring);
-  HeadTile tile;
-  for (int round = 0; prefill_tile<kConfig>(p, round, tile); ++round) {
+  TileReader<true> reader(s.board);
+  while (reader.next()) {
+    const HeldTile tile = reader.tile();
     const int row = tile.row + group * 64 + warp % 4 * 16;
-    const int blocks = prefill_blocks<kConfig>(p, tile);
+    const int blocks = walked_blocks(tile, kN);
     float out[kConfig.v_dim / 2] = {};
     OnlineSoftmax<kN> softmax;
     if (blocks > 0) {
-      int limit[2];
+      Interval<Side::kQueries, kConfig.mask> seen[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        limit[half] = p.keys;
-        if (kConfig.causal) {
-          const int i = row + half * 8 + lane_id() / 4;
-          limit[half] = min(p.keys, i + 1 + p.keys - p.queries);
-        }
+        const int i = min(row + half * 8 + static_cast<int>(lane_id()) / 4, tile.end - 1);
+        seen[half] = row_interval<Side::kQueries, kConfig.mask>(p.queries, i);
       }
-      // Blocks from this one on hold keys that some row of the warpgroup does not see.
-      int unmasked = p.keys;
-      if (kConfig.causal) {
-        unmasked = max(0, min(unmasked, tile.row + group * 64 + 1 + p.keys - p.queries));
-      }
-      unmasked /= kN;
+      const auto common =
+          common_interval<Side::kQueries, kConfig.mask>(p.queries, tile, tile.row + group * 64);
 
       float scores[kN / 2];
       u32 probabilities[kN / 16][4];
       float shrink[2];
       auto multiply_keys = [&] {
-        multiply_slabs<kConfig.qk_dim, kPrefillBlockM, kN>(scores, q,
-                                                           shared_address(s.k[k_ring.slot()]));
+        multiply_slabs<kConfig.qk_dim, kPrefillBlockM, kN>(
+            scores, q, shared_address(s.k[warp_uniform(k_ring.slot())]));
       };
       auto multiply_values = [&] {
-        accumulate_slabs<kN>(out, probabilities, shared_address(s.v[v_ring.slot()]));
+        accumulate_slabs<kN>(out, probabilities, shared_address(s.v[warp_uniform(v_ring.slot())]));
       };
 
       q_ring.wait();
@@ -227,9 +190,18 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
       wgmma::wait_group<0>();
       if (releases) k_ring.release();
       k_ring.advance();
-      prefill_mask<kN>(scores, (blocks - 1) * kN, limit);
+      hide<kN>(scores, tile.first + (blocks - 1) * kN, seen, -kInfinity);
       softmax.absorb(scores, p.scale_log2, shrink);
       pack_operand(scores, probabilities);
+      if constexpr (kConfig.mask == kPackedMask) {
+        // Only the last block can reach into the padding.
+        const int key = tile.first + (blocks - 1) * kN, end = p.queries.packed[kPackedOthersEnd];
+        if (key + kN > end) {
+          v_ring.wait();
+          clear_rows<kN>(shared_address(s.v[v_ring.slot()]), kConfig.v_dim / 64, 3 + group,
+                         [=](int i) { return key + i >= end; });
+        }
+      }
 
       for (int block = blocks - 2; block >= 0; --block) {
         k_ring.wait();
@@ -241,7 +213,10 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
         wgmma::wait_group<1>();
         if (releases) k_ring.release();
         k_ring.advance();
-        if (block >= unmasked) prefill_mask<kN>(scores, block * kN, limit);
+        const int key = tile.first + block * kN;
+        if (!common.sees_all(key, kN)) {
+          hide<kN>(scores, key, seen, -kInfinity);
+        }
         softmax.absorb(scores, p.scale_log2, shrink);
         wgmma::wait_group<0>();
         if (releases) v_ring.release();
@@ -272,20 +247,21 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
         out[4 * j + 2 * half] *= inverse;
         out[4 * j + 2 * half + 1] *= inverse;
       }
-      if (lane_id() % 4 == 0 && i < p.queries) {
-        const i64 at = (static_cast<i64>(tile.batch) * p.queries + i) * p.heads + tile.head;
+      if (lane_id() % 4 == 0 && i < tile.end) {
+        const i64 at =
+            (static_cast<i64>(tile.batch) * p.queries.rows + i) * p.queries.heads + tile.head;
         p.lse[at] = softmax.reference[half] == -kInfinity
                         ? -kInfinity
                         : (softmax.reference[half] + lg2(softmax.sum[half])) * kLn2;
       }
     }
-    const i64 stride = static_cast<i64>(p.heads) * kConfig.v_dim;
+    const i64 stride = static_cast<i64>(p.queries.heads) * kConfig.v_dim;
     u16* rows = static_cast<u16*>(p.out) +
-                (static_cast<i64>(tile.batch) * p.queries + row) * stride +
+                (static_cast<i64>(tile.batch) * p.queries.rows + row) * stride +
                 tile.head * kConfig.v_dim;
 #pragma unroll
     for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
-      store_slab(out, slab, staging, rows + slab * 64, stride, p.queries - row);
+      store_slab(out, slab, staging, rows + slab * 64, stride, tile.end - row);
     }
   }
 }
@@ -304,6 +280,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     prefetch_tensormap(&p.q);
     prefetch_tensormap(&p.k);
     prefetch_tensormap(&p.v);
+    s.board.init();
     s.q_ring.init(1, 2);
     s.k_ring.init(1, 2);
     s.v_ring.init(1, 2);
@@ -315,6 +292,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   if (warp >= 8) {
     setmaxnreg_dec<24>();
     if (warp == 8 && elect_one()) prefill_produce<kConfig>(p, s);
+    if (warp == 9 && elect_one()) post_tiles<Side::kQueries, kConfig.mask>(p.queries, s.board);
   } else {
     setmaxnreg_inc<240>();
     prefill_consume<kConfig>(p, s);

@@ -1,7 +1,7 @@
-// What the two kernels of prefill's gradient and the host code that plans and launches them share.
+// What the kernels of prefill's gradient and the host code that plans and launches them share.
 #pragma once
 
-#include "kernels/tensor_map.h"
+#include "flash_mla/kernels/prefill_config.h"
 
 namespace jax_ds::flash_mla {
 
@@ -10,37 +10,54 @@ struct PrefillBackwardConfig {
   int qk_dim;
   int rope;
   int v_dim;
-  int causal;
+  int mask;
   int walked;  // rows of the other side's tiles
   int stages;  // of the ring of those tiles
 };
 
-constexpr int kBackwardHeld = 128;  // rows of one side that a CTA holds
+constexpr int kBackwardHeld = kHeldRows;  // rows of one side that a CTA holds
 constexpr int kBackwardThreads = 384;
+
+// What the first kernel leaves of each query for the other two, [B, H, 2, stride]: lse in units of
+// log2, +inf for a query that sees no key, and delta = dout . out - dlse. TMA wants a stride of 16
+// bytes.
+constexpr int QueryStatisticsStride(int queries) { return (queries + 3) / 4 * 4; }
+
+struct PrefillDeltaParams {
+  const void* out;    // bf16 [B, Sq, H, V]
+  const void* dout;   // likewise
+  const float* lse;   // [B, Sq, H]
+  const float* dlse;  // likewise
+  float* statistics;
+  unsigned int* counters;  // [2], zeroed here for the kernels that follow
+  int batch;
+  int queries;
+  int heads;
+};
+
+constexpr int kDeltaThreads = 256;
+constexpr int kDeltaTokens = 32;  // of a CTA, by kDeltaHeads heads
+constexpr int kDeltaHeads = 16;
 
 // Boxes are 64 columns by 128 rows of what a kernel holds, by `walked` rows of the rest.
 struct PrefillBackwardParams {
-  TensorMap q;         // bf16 [B, Sq, H, D]
-  TensorMap dout;      // bf16 [B, Sq, H, V]
-  TensorMap k;         // bf16 [B, Sk, Hk, D - rope]
-  TensorMap k_rope;    // bf16 [B, Sk, 1, rope]
-  TensorMap v;         // bf16 [B, Sk, Hk, V]
-  const float* lse;    // [B, H, Sq]; +inf for a query that sees no key
-  const float* delta;  // [B, H, Sq]: dout . out - dlse
-  void* dq;            // bf16 [B, Sq, H, D]
-  void* dk;            // bf16 [B, Sk, Hk, D - rope]
-  void* dk_rope;       // bf16 [B, Sk, Hk, rope]: the part of each head
-  void* dv;            // bf16 [B, Sk, Hk, V]
-  int batch;
-  int queries;
-  int keys;
-  int heads;
-  int kv_heads;
-  int section;  // pairs of batch and head walked together
+  TensorMap q;           // bf16 [B, Sq, H, D]
+  TensorMap dout;        // bf16 [B, Sq, H, V]
+  TensorMap k;           // bf16 [B, Sk, Hk, D - rope]
+  TensorMap k_rope;      // bf16 [B, Sk, 1, rope]
+  TensorMap v;           // bf16 [B, Sk, Hk, V]
+  TensorMap statistics;  // float32 [B H, 2, Sq], box 1 x 2 x walked
+  const float* rows;     // the same in memory
+  void* dq;              // bf16 [B, Sq, H, D]
+  void* dk;              // bf16 [B, Sk, Hk, D - rope]
+  void* dk_rope;         // bf16 [B, Sk, Hk, rope]: the part of each head
+  void* dv;              // bf16 [B, Sk, Hk, V]
+  PrefillWalk queries;   // the tiles of PrefillDq
+  PrefillWalk keys;      // those of PrefillDkv
   float scale;
 };
 
-// Dynamic shared memory: the held side, the ring, 2 KB of staging a math warp, the barriers.
+// Dynamic shared memory: the held side, the ring, 2 KB of staging a math warp, barriers and tiles.
 constexpr int PrefillBackwardSharedBytes(const PrefillBackwardConfig& c) {
   const int row = (c.qk_dim + c.v_dim) * 2;
   return kBackwardHeld * row + c.stages * c.walked * (row + 8) + 8 * 2048 + 1024;

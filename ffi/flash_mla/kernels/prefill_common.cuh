@@ -1,4 +1,4 @@
-// What prefill's forward and backward kernels share: the order of tiles, the mask, the way out.
+// What prefill's forward and backward kernels share: slabs in, products, the way out.
 #pragma once
 
 #include "flash_mla/kernels/prefill_slabs.h"
@@ -12,40 +12,28 @@ inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
-// 128 rows (queries or keys) of one head.
-struct HeadTile {
-  int batch;
-  int head;
-  int row;
-};
+// A value on which the warp agrees, in a uniform register: what is computed from it, operand
+// descriptors above all, then needs no other registers and no moves between the two kinds.
+JAX_DS_DEVICE u32 warp_uniform(u32 value) { return __reduce_or_sync(0xffffffffu, value); }
 
-// The tile of this CTA in round `round`; false after the last. `section` heads are walked together,
-// their tiles from the first (or, `descending`, the last) rows on: where the mask is causal, the
-// longest come first. Every other round deals the CTAs their tiles in reverse, so that none gets
-// the longer one every time.
-JAX_DS_DEVICE bool head_tile(int round, int batch, int heads, int rows, int section,
-                             bool descending, HeadTile& tile) {
-  const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-  const int index = round * gridDim.x + place;
-  const int row_tiles = (rows + 127) / 128;
-  if (index >= batch * heads * row_tiles) return false;
-  const int first = index / (section * row_tiles) * section;
-  const int inside = index - first * row_tiles;
-  const int width = min(section, batch * heads - first);
-  const int head = first + inside % width, row = inside / width;
-  tile.batch = head / heads;
-  tile.head = head % heads;
-  tile.row = (descending ? row_tiles - 1 - row : row) * 128;
-  return true;
-}
-
-// Waits, and loads `kRows` rows of a head as slabs of 64 columns: rows of 128 bytes, swizzled.
+// Loads `kRows` rows of a head as slabs of 64 columns: rows of 128 bytes, swizzled.
 template <int kRows>
 JAX_DS_DEVICE void load_slabs(u8* shared, const TensorMap* map, u64* barrier, int slabs, int head,
                               int row, int batch) {
   for (int slab = 0; slab < slabs; ++slab) {
     tma_load_4d(shared + slab * kRows * 128, map, barrier, slab * 64, head, row, batch);
   }
+}
+
+// Zeroes rows of slabs for which `clears(row)`, for the products that this warpgroup then issues:
+// padding may hold NaN, and zero times NaN is NaN. Both warpgroups do so, each for itself.
+template <int kRows, typename Clears>
+JAX_DS_DEVICE void clear_rows(u32 slabs, int num_slabs, u32 barrier, Clears clears) {
+  for (int i = threadIdx.x % 128; i < num_slabs * kRows * 8; i += 128) {
+    if (clears(i / 8 % kRows)) st_shared_v4(slabs + i * 16, 0, 0, 0, 0);
+  }
+  fence_proxy_async_shared();
+  bar_sync(barrier, 128);
 }
 
 // d = a b^T, both K-major in slabs; asynchronous, one group. kRowsA, kRowsB: rows of their slabs.

@@ -1,0 +1,217 @@
+// What prefill's forward and backward kernels share: which tiles a CTA takes, what rows see of each
+// other, and how they are posted.
+#pragma once
+
+#include "flash_mla/kernels/prefill_common.cuh"
+#include "flash_mla/kernels/prefill_config.h"
+#include "kernels/pipeline.cuh"
+
+namespace jax_ds::flash_mla {
+
+// The side that a kernel holds while it walks the other.
+enum class Side { kQueries, kKeys };
+
+// Rows [row, end) of one head, at most 128, which see rows of the other side only from `first` to
+// before `last`. No more tiles: head is -1.
+struct HeldTile {
+  int batch, head;
+  int row, end;
+  int first, last;
+};
+
+// ---- what a row sees ----------------------------------------------------------------------------
+
+// The rows of the other side that a held row sees: [first, last). A bound that hides nothing is
+// not looked at.
+template <Side kHeld, int kMask>
+struct Interval {
+  static constexpr bool kFromFirst = kMask == kPackedMask || kHeld == Side::kKeys;
+  static constexpr bool kToLast = kMask == kPackedMask || kHeld == Side::kQueries;
+  int first, last;
+
+  JAX_DS_DEVICE bool sees(int row) const {
+    return (!kFromFirst || row >= first) && (!kToLast || row < last);
+  }
+  JAX_DS_DEVICE bool sees_all(int row, int rows) const {
+    return (!kFromFirst || row >= first) && (!kToLast || row + rows <= last);
+  }
+};
+
+// Both ends grow with the row.
+template <Side kHeld, int kMask>
+JAX_DS_DEVICE Interval<kHeld, kMask> row_interval(const PrefillWalk& w, int row) {
+  if constexpr (kMask == kPackedMask) {
+    const int* intervals = w.packed + PackedLayout(w.rows).intervals;
+    const int2 at = reinterpret_cast<const int2*>(intervals)[row];
+    return {at.x, at.y};
+  } else if constexpr (kHeld == Side::kQueries) {
+    // Aligned at the last query and the last key.
+    return {0, kMask == kCausalMask ? min(w.others, row + 1 + w.others - w.rows) : w.others};
+  } else {
+    // Queries past the last one are zeros, which add nothing: no need to hide them.
+    return {kMask == kCausalMask ? max(0, row - (w.rows - w.others)) : 0, w.others};
+  }
+}
+
+// What every one of the (at most 64) rows from `row` on sees: where nothing needs to be hidden.
+template <Side kHeld, int kMask>
+JAX_DS_DEVICE Interval<kHeld, kMask> common_interval(const PrefillWalk& w, const HeldTile& tile,
+                                                     int row) {
+  const int first_row = min(row, tile.end - 1), last_row = min(row + 63, tile.end - 1);
+  return {row_interval<kHeld, kMask>(w, last_row).first,
+          row_interval<kHeld, kMask>(w, first_row).last};
+}
+
+// Replaces a thread's elements of a 64 x kColumns tile, whose columns are rows of the other side
+// from `first` on, where its own two rows do not see them.
+template <int kColumns, Side kHeld, int kMask>
+JAX_DS_DEVICE void hide(float (&d)[kColumns / 2], int first,
+                        const Interval<kHeld, kMask> (&seen)[2], float instead) {
+  const int column = first + lane_id() % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (!seen[i / 2].sees(column + 8 * j + i % 2)) d[4 * j + i] = instead;
+    }
+  }
+}
+
+// Number of blocks of `size` rows of the other side that a tile is taken past.
+JAX_DS_DEVICE int walked_blocks(const HeldTile& tile, int size) {
+  return max(0, tile.last - tile.first + size - 1) / size;
+}
+
+// ---- dealing ------------------------------------------------------------------------------------
+
+// The tiles of this CTA, one after the other; one thread.
+template <Side kHeld, int kMask>
+class Dealer {
+ public:
+  JAX_DS_DEVICE explicit Dealer(const PrefillWalk& walk) : w(walk) {
+    of_head = kMask == kPackedMask ? w.packed[kPackedTiles] : (w.rows + kHeldRows - 1) / kHeldRows;
+    total = w.batch * w.heads * of_head;
+    // With many tiles a CTA, head after head reads the other side from memory once. With few,
+    // dealing the longest of all first is what balances the CTAs.
+    together = total >= 16 * gridDim.x ? 1 : w.batch * w.heads;
+    drawn = blockIdx.x;
+  }
+
+  JAX_DS_DEVICE HeldTile next() {
+    const int index = draw();
+    if (index >= total) return {0, -1, 0, 0, 0, 0};
+    const int first = index / (together * of_head) * together;
+    const int inside = index - first * of_head;
+    const int width = min(together, w.batch * w.heads - first);
+    const int head = first + inside % width, place = inside / width;
+    HeldTile tile = at(place);
+    // TMA reads what is known of each query from a multiple of 16 bytes on.
+    if (kHeld == Side::kKeys) tile.first &= ~3;
+    tile.batch = head / w.heads;
+    tile.head = head % w.heads;
+    return tile;
+  }
+
+ private:
+  // Drawn from the counter, one ahead so that nobody waits for it. Without one, every other round
+  // deals in reverse, so that no CTA gets the longer tile every time.
+  JAX_DS_DEVICE int draw() {
+    const int index = drawn;
+    if (w.counter != nullptr) {
+      drawn = gridDim.x + atomicAdd(w.counter, 1u);
+    } else {
+      ++round;
+      drawn = round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+    }
+    return index;
+  }
+
+  // The head's tile in this place, from the longest on.
+  JAX_DS_DEVICE HeldTile at(int place) const {
+    if constexpr (kMask == kPackedMask) {
+      const int* tiles = w.packed + PackedLayout(w.rows).tiles;
+      const int4 t = reinterpret_cast<const int4*>(tiles)[place];
+      return {0, 0, t.x, t.y, t.z, t.w};
+    }
+    const bool last_is_longest = kHeld == Side::kQueries && kMask == kCausalMask;
+    const int row = (last_is_longest ? of_head - 1 - place : place) * kHeldRows;
+    const int end = min(w.rows, row + kHeldRows);
+    return {0,
+            0,
+            row,
+            end,
+            row_interval<kHeld, kMask>(w, row).first,
+            row_interval<kHeld, kMask>(w, end - 1).last};
+  }
+
+  const PrefillWalk& w;
+  int of_head, total, together;
+  int drawn, round = 0;
+};
+
+// ---- telling the rest of the CTA ----------------------------------------------------------------
+
+struct TileBoard {
+  static constexpr int kStages = 2;
+  static constexpr int kReaders = 9;  // warps: the producer's and eight for math
+  HeldTile tiles[kStages];
+  PipelineBarriers<kStages> barriers;
+
+  JAX_DS_DEVICE void init() { barriers.init(1, kReaders); }
+};
+
+// Posts the tiles of this CTA, then one without a head; one thread of a warp of its own.
+template <Side kHeld, int kMask>
+JAX_DS_DEVICE void post_tiles(const PrefillWalk& walk, TileBoard& board) {
+  Dealer<kHeld, kMask> dealer(walk);
+  Pipeline<TileBoard::kStages> ring(board.barriers);
+  HeldTile tile;
+  do {
+    tile = dealer.next();
+    ring.acquire();
+    board.tiles[ring.slot()] = tile;
+    mbarrier_arrive(ring.full());
+    ring.advance();
+  } while (tile.head >= 0);
+}
+
+// Reads tiles off the board. Of a warp: all of it, or the one thread of it that works. All state
+// is one number, which lives as long as the kernel.
+template <bool kWholeWarp>
+class TileReader {
+ public:
+  JAX_DS_DEVICE explicit TileReader(TileBoard& b) : board(b) {}
+
+  // Goes on to the next tile, which stays on the board until the one after it is asked for.
+  JAX_DS_DEVICE bool next() {
+    if (count > 0) {
+      if (kWholeWarp) __syncwarp();
+      if (!kWholeWarp || lane_id() == 0) mbarrier_arrive(&board.barriers.empty[slot()]);
+    }
+    ++count;
+    mbarrier_wait(&board.barriers.full[slot()], (count - 1) / TileBoard::kStages % 2);
+    return uniform(posted().head) >= 0;
+  }
+
+  // On the board: costs a load wherever it is used, and no registers.
+  JAX_DS_DEVICE const HeldTile& posted() const { return board.tiles[slot()]; }
+
+  // In registers, uniform ones.
+  JAX_DS_DEVICE HeldTile tile() const {
+    const HeldTile& t = posted();
+    return {uniform(t.batch), uniform(t.head),  uniform(t.row),
+            uniform(t.end),   uniform(t.first), uniform(t.last)};
+  }
+
+  // Of a barrier that completes once for every tile.
+  JAX_DS_DEVICE u32 phase() const { return (count - 1) % 2; }
+
+ private:
+  JAX_DS_DEVICE u32 slot() const { return (count - 1) % TileBoard::kStages; }
+  static JAX_DS_DEVICE int uniform(int value) { return kWholeWarp ? warp_uniform(value) : value; }
+
+  TileBoard& board;
+  u32 count = 0;
+};
+
+}  // namespace jax_ds::flash_mla
