@@ -6,7 +6,12 @@ batch is split, dense parameters are replicated, experts are sharded.
 
 from jax_ds.models.checkpoint import load_tree, save_tree
 from jax_ds.models.config import ModelConfig
-from jax_ds.models.decoding import decode_step, empty_pages, prepare_for_decoding
+from jax_ds.models.decoding import (
+    decode_step,
+    empty_pages,
+    prefill_step,
+    prepare_for_decoding,
+)
 from jax_ds.models.model import forward
 from jax_ds.models.params import ModelParams, init_params, param_specs
 from jax_ds.models.serving import Completion, Engine, PagePool, Request
@@ -39,6 +44,7 @@ __all__ = [
     "make_eval_step",
     "make_train_step",
     "param_specs",
+    "prefill_step",
     "prepare_for_decoding",
     "save_tree",
     "state_specs",

@@ -1,5 +1,6 @@
-"""Decoding on a paged latent cache, with the key and value projections absorbed."""
+"""Feeding prompts and decoding on a paged latent cache."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +20,11 @@ from jax_ds.models.config import (
 )
 from jax_ds.models.layers import latents, project, queries, rms_norm
 from jax_ds.models.model import embed, feed_forward, logits
-from jax_ds.models.params import AttentionParams, LayerParams, MLPParams, ModelParams
+from jax_ds.models.params import LayerParams, MLPParams, ModelParams
 from jax_ds.quantization import Quantized
+
+# (config, kv_up, q_nope, q_rope, pages, page_table, seq_lens) -> [B, S, heads, VALUE]
+_Attend = Callable[..., Array]
 
 
 def empty_pages(config: ModelConfig, pages: int) -> BFloat16[Array, "L*P 64 576"]:
@@ -85,9 +89,9 @@ def decode_step(
 
     Equals the last row of `forward` on the whole sequence, up to rounding, with work proportional
     to the new tokens. Call it inside `jax.shard_map`; the experts see the tokens of all devices
-    (low-latency exchange). S = 1 decodes; a larger S feeds prompts. Sequences may differ in
-    length: tokens are aligned at the right, those at a negative position are ignored, and
-    a sequence of length 0 is an empty slot.
+    (low-latency exchange). Keys and values stay latent (absorbed form), which suits few new
+    tokens; `prefill_step` feeds many. Sequences may differ in length: tokens are aligned at the
+    right, those at a negative position are ignored, and a sequence of length 0 is an empty slot.
 
     Args:
       config: the model.
@@ -101,6 +105,35 @@ def decode_step(
     Returns:
       logits float32 [B, vocab], and the pool with the new tokens appended.
     """
+    return _step(config, params, pages, tokens, page_table, seq_lens, _absorbed)
+
+
+def prefill_step(
+    config: ModelConfig,
+    params: ModelParams,
+    pages: BFloat16[Array, "L*P 64 576"],
+    tokens: Int32[Array, "B S"],
+    page_table: Int32[Array, "B N"],
+    seq_lens: Int32[Array, " B"],
+) -> tuple[Float32[Array, "B vocab"], BFloat16[Array, "L*P 64 576"]]:
+    """`decode_step`, the same up to rounding, for a chunk of S tokens of each prompt.
+
+    Keys and values of the past and of the chunk are expanded from the cache, one layer at a time,
+    which takes memory for B * N * 64 of them but needs 3.4 times less arithmetic for each pair of
+    tokens. `decode_step` goes on from the cache that it leaves.
+    """
+    return _step(config, params, pages, tokens, page_table, seq_lens, _expanded)
+
+
+def _step(
+    config: ModelConfig,
+    params: ModelParams,
+    pages: Array,
+    tokens: Array,
+    page_table: Array,
+    seq_lens: Array,
+    attend: _Attend,
+) -> tuple[Array, Array]:
     per_layer = pages.shape[0] // config.num_layers
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = seq_lens[:, None] - tokens.shape[1] + steps[None, :]
@@ -108,16 +141,18 @@ def decode_step(
 
     def layer(carry: Any, params: LayerParams) -> tuple[Any, None]:
         x, pages, index = carry
-        change, pages = _attention(
-            config,
-            params.attention,
-            x,
-            jnp.maximum(positions, 0),
-            pages,
-            page_table + index * per_layer,
-            seq_lens,
-        )
-        x = x + change
+        table = page_table + index * per_layer
+        attention = params.attention
+        normed = rms_norm(x, attention.norm, config.norm_eps)
+        q_nope, q_rope = queries(config, attention, normed, jnp.maximum(positions, 0))
+        latent, k_rope = latents(config, attention, normed, jnp.maximum(positions, 0))
+        row = jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1)
+        impl = config.implementation
+        pages = flash_mla.append(pages, row, table, seq_lens, implementation=impl)
+        assert not isinstance(attention.kv_up, Quantized)
+        kv_up = attention.kv_up.astype(x.dtype).reshape(config.num_heads, NOPE + VALUE, LATENT)
+        value = attend(config, kv_up, q_nope, q_rope, pages, table, seq_lens)
+        x = x + project(config, value.reshape(*value.shape[:2], -1), attention.out)
         change, _ = feed_forward(config, params, x, valid, low_latency=True)
         return (x + change, pages, index + 1), None
 
@@ -130,26 +165,18 @@ def decode_step(
     return logits(config, params, x[:, -1:])[:, 0], pages
 
 
-def _attention(
+def _absorbed(
     config: ModelConfig,
-    params: AttentionParams,
-    x: BFloat16[Array, "B S hidden"],
-    positions: Int32[Array, "B S"],
+    kv_up: BFloat16[Array, "heads NOPE+VALUE LATENT"],
+    q_nope: BFloat16[Array, "B S heads NOPE"],
+    q_rope: BFloat16[Array, "B S heads ROPE"],
     pages: BFloat16[Array, "L*P 64 576"],
     page_table: Int32[Array, "B N"],
     seq_lens: Int32[Array, " B"],
-) -> tuple[BFloat16[Array, "B S hidden"], BFloat16[Array, "L*P 64 576"]]:
-    """Latent attention in absorbed form: with k = W_k c and v = W_v c for a cached latent c,
-    q . k = (W_k^T q) . c, and the attention over v is W_v times the attention over c."""
-    x = rms_norm(x, params.norm, config.norm_eps)
-    q_nope, q_rope = queries(config, params, x, positions)
-    latent, k_rope = latents(config, params, x, positions)
-    assert not isinstance(params.kv_up, Quantized)
-    kv_up = params.kv_up.astype(x.dtype).reshape(config.num_heads, NOPE + VALUE, LATENT)
+) -> BFloat16[Array, "B S heads VALUE"]:
+    """With k = W_k c and v = W_v c for a cached latent c, q . k = (W_k^T q) . c, and the attention
+    over v is W_v times the attention over c."""
     q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, kv_up[:, :NOPE])
-    row = jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1)
-    impl = config.implementation
-    pages = flash_mla.append(pages, row, page_table, seq_lens, implementation=impl)
     out = flash_mla.decode(
         jnp.concatenate([q_latent, q_rope], axis=-1),
         pages,
@@ -157,7 +184,43 @@ def _attention(
         seq_lens,
         scale=SOFTMAX_SCALE,
         value_dim=LATENT,
-        implementation=impl,
+        implementation=config.implementation,
     )
-    value = jnp.einsum("bshc,hvc->bshv", out, kv_up[:, NOPE:])
-    return project(config, value.reshape(*value.shape[:2], -1), params.out), pages
+    return jnp.einsum("bshc,hvc->bshv", out, kv_up[:, NOPE:])
+
+
+def _expanded(
+    config: ModelConfig,
+    kv_up: BFloat16[Array, "heads NOPE+VALUE LATENT"],
+    q_nope: BFloat16[Array, "B S heads NOPE"],
+    q_rope: BFloat16[Array, "B S heads ROPE"],
+    pages: BFloat16[Array, "L*P 64 576"],
+    page_table: Int32[Array, "B N"],
+    seq_lens: Int32[Array, " B"],
+) -> BFloat16[Array, "B S heads VALUE"]:
+    """Attention over expanded keys and values, all sequences packed into one row of tokens."""
+    batch, new = q_nope.shape[:2]
+    slots = page_table.shape[1] * PAGE_SIZE
+    rows = pages[jnp.clip(page_table, 0, pages.shape[0] - 1)].reshape(batch, slots, CACHE_WIDTH)
+    # Slots without a token may hold anything.
+    filled = jnp.arange(slots, dtype=jnp.int32)[None, :] < seq_lens[:, None]
+    rows = jnp.where(filled[..., None], rows, 0).reshape(1, batch * slots, CACHE_WIDTH)
+    kv = jnp.einsum("btc,hnc->bthn", rows[..., :LATENT], kv_up)
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    # After each sequence comes one of the slots that it leaves empty, which has no queries.
+    ends = jnp.arange(1, batch + 1, dtype=jnp.int32)
+    ends_q = jnp.repeat(ends * new, 2)
+    ends_k = jnp.stack([(ends - 1) * slots + jnp.minimum(seq_lens, slots), ends * slots], axis=1)
+    zero = jnp.zeros((1,), jnp.int32)
+    out = flash_mla.prefill(
+        q.reshape(1, batch * new, *q.shape[2:]),
+        kv[..., :NOPE],
+        kv[..., NOPE:],
+        rows[:, :, None, LATENT:],
+        jnp.concatenate([zero, ends_q]),
+        jnp.concatenate([zero, ends_k.reshape(-1)]),
+        scale=SOFTMAX_SCALE,
+        implementation=config.implementation,
+    )
+    assert not isinstance(out, tuple)
+    return out.reshape(batch, new, *out.shape[2:])

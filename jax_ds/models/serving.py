@@ -13,7 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_ds._core.checks import check
 from jax_ds.models.config import PAGE_SIZE, ModelConfig
-from jax_ds.models.decoding import decode_step, empty_pages, prepare_for_decoding
+from jax_ds.models.decoding import (
+    decode_step,
+    empty_pages,
+    prefill_step,
+    prepare_for_decoding,
+)
 from jax_ds.models.params import ModelParams, param_specs
 
 
@@ -68,7 +73,7 @@ class _Slot:
 
 
 class Engine:
-    """Serves requests with `decode_step`, jitted once per number of tokens fed (`chunk` and 1).
+    """Serves requests: prompts in chunks with `prefill_step`, then `decode_step`, each jitted once.
 
     Every device has `slots` rows of the batch and `pages` pages per layer of its own. A request
     is admitted when a slot is empty and its device has enough unpromised pages for all of the
@@ -225,7 +230,8 @@ def _jit_step(
     def step(
         params: ModelParams, cache: Any, tokens: Any, table: Any, lens: Any, numbers: Any
     ) -> tuple[Any, Any]:
-        logits, cache = decode_step(config, params, cache, tokens, table, lens)
+        feed = decode_step if tokens.shape[1] == 1 else prefill_step
+        logits, cache = feed(config, params, cache, tokens, table, lens)
         sampled = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if temperature > 0:
             draw = functools.partial(_draw, seed, temperature)

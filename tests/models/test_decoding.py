@@ -1,4 +1,4 @@
-"""Decoding token by token on the paged cache equals the full forward pass."""
+"""Prompts in chunks, then token by token on the paged cache: equal to the full forward pass."""
 
 import dataclasses
 from typing import Any
@@ -34,11 +34,12 @@ TOLERANCE = {"bf16": 0.02, "fp8": 0.06}
 LENGTHS = (70, 1, 66, 0)  # two sequences on each of two devices; a page holds 64 tokens
 
 
-def _steps(config: models.ModelConfig, mesh: Any, params: Any) -> Any:
+def _steps(config: models.ModelConfig, mesh: Any, params: Any, width: int) -> Any:
+    function = models.prefill_step if width > 1 else models.decode_step
     batch, specs = jax.P("ep"), models.param_specs(config, params)
     return jax.jit(
         jax.shard_map(
-            lambda *args: models.decode_step(config, *args),
+            lambda *args: function(config, *args),
             mesh=mesh,
             in_specs=(specs, batch, batch, batch, batch),
             out_specs=(batch, batch),
@@ -75,14 +76,14 @@ def test_decoding_equals_forward(name: str) -> None:
             jnp.full((2 * 3 * config.num_layers, 64, 576), jnp.nan, jnp.bfloat16),
             jax.NamedSharding(mesh, batch),
         )
-        step = _steps(config, mesh, params)
+        steps = {width: _steps(config, mesh, params, width) for width in (16, 1)}
 
         def feed(width: int, lens: Any) -> tuple[Any, Any]:
             window = np.full((4, width), 63, np.int32)
             for row, length in enumerate(lens):
                 new = tokens[row, max(0, length - width) : length]
                 window[row, width - len(new) :] = new
-            return step(params, pages, put(window), table, put(lens))
+            return steps[width](params, pages, put(window), table, put(lens))
 
         # Prompts in chunks of 16, rows of different lengths side by side; then one by one.
         lens, errors = [0] * 4, []
