@@ -1,20 +1,24 @@
 """Prefill attention, forward and backward, beside cuDNN: `python -m benchmarks.flash_mla_prefill`.
 
-Causal. FLOPs: `2 B H S^2 (D + V) / 2` forward, 2.6 times that backward. cuDNN takes no 192/128
-heads, so it runs on 128/128 and on 192/192 with padded values, where only 128 columns count.
+Causal. FLOPs: `2 B H S^2 (D + V) / 2` forward, 2.6 times that backward, S^2 summed over the
+sequences of a packed batch. cuDNN takes no 192/128 heads, so it runs on 128/128 and on 192/192 with
+padded values, where only 128 columns count.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import timing
 from jax_ds import flash_mla
 
 SHAPES = ((2, 4096, 128), (1, 16384, 128))
+# As many FLOPs as two sequences of 4096.
+PACKED = (833, 4855, 31, 1201, 250, 2743, 97, 500)
 _BACKWARD = 2.6
 
 Array = jax.Array
@@ -28,6 +32,13 @@ def _ours(q: Array, k: Array, v: Array) -> Array:
 
 def _shared_rope(q: Array, k: Array, v: Array, k_rope: Array) -> Array:
     out = flash_mla.prefill(q, k, v, k_rope, implementation="cuda")
+    assert isinstance(out, Array)
+    return out
+
+
+def _packed(q: Array, k: Array, v: Array) -> Array:
+    offsets = jnp.asarray(np.append(0, np.cumsum(PACKED)), jnp.int32)
+    out = flash_mla.prefill(q, k, v, None, offsets, implementation="cuda")
     assert isinstance(out, Array)
     return out
 
@@ -55,11 +66,12 @@ def _rows(
     attention: Callable[..., Array],
     shape: tuple[int, int, int],
     widths: tuple[int, ...],
+    lengths: Sequence[int] = (),
 ) -> list[timing.Row]:
     batch, tokens, heads = shape
     operands = timing.rotate(functools.partial(_operands, shape, widths))
-    query_width = widths[0]
-    flops = float(batch * heads * tokens**2 * (query_width + widths[2]))
+    squares = sum(n**2 for n in lengths) if lengths else batch * tokens**2
+    flops = float(heads * squares * (widths[0] + widths[2]))
 
     @jax.jit
     def differentiate(*operands: Array) -> Any:
@@ -83,6 +95,10 @@ def rows() -> list[timing.Row]:
     result = []
     for shape in SHAPES:
         result += _rows("192/128", _ours, shape, (192, 192, 128))
+        if shape == SHAPES[0]:
+            # Beside what it is compared with: clocks depend on what has just run.
+            packed = (1, sum(PACKED), 128)
+            result += _rows("192/128 packed", _packed, packed, (192, 192, 128), PACKED)
         result += _rows("192/128 shared rope", _shared_rope, shape, (192, 128, 128, 64))
         result += _rows("cuDNN 128/128", _cudnn, shape, (128, 128, 128))
         result += _rows("cuDNN padded 192/128", _cudnn_padded, shape, (192, 192, 128))
