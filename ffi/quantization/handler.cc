@@ -39,18 +39,16 @@ struct RowsState : Stateful<RowsState> {
   RowsPlan plan;
   int64_t k;  // of the values; x has 2K columns with SwiGLU
   bool ue8m0;
-  bool column_major_scales;
   std::shared_ptr<const jit::Kernel> kernel;
 };
 
 ErrorOr<std::unique_ptr<RowsState>> InstantiateRows(std::string_view input, int64_t k, bool swiglu,
-                                                    bool ue8m0, bool column_major_scales) {
+                                                    bool ue8m0) {
   JAX_DS_ASSIGN_OR_RETURN(Input type, ParseInput(input));
   auto state = std::make_unique<RowsState>();
   state->plan = RowsPlan::For(type, swiglu, k);
   state->k = k;
   state->ue8m0 = ue8m0;
-  state->column_major_scales = column_major_scales;
   JAX_DS_ASSIGN_OR_RETURN(state->kernel, jit::GetKernel(state->plan.Spec()));
   return state;
 }
@@ -72,7 +70,6 @@ Error ExecuteRows(RowsState* state, int32_t ordinal, cuda::Stream stream, AnyBuf
   params.values = values->untyped_data();
   params.scales = static_cast<float*>(scales->untyped_data());
   params.ue8m0 = state->ue8m0;
-  params.column_major_scales = state->column_major_scales;
   if (rest.size() > 0) {
     JAX_DS_ASSIGN_OR_RETURN(params.num_rows, Counts("num_rows", rest, 1, batch));
   }
@@ -85,8 +82,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateRows, InstantiateRows,
                            .Attr<std::string_view>("input")
                            .Attr<int64_t>("k")
                            .Attr<bool>("swiglu")
-                           .Attr<bool>("ue8m0")
-                           .Attr<bool>("column_major_scales"));
+                           .Attr<bool>("ue8m0"));
 XLA_FFI_DEFINE_HANDLER(
     kInitializeRows, InitializeRows,
     ffi::Ffi::BindInitialize().Ctx<ffi::State<RowsState>>().Ctx<ffi::DeviceOrdinal>());
@@ -107,16 +103,13 @@ struct TilesState : Stateful<TilesState> {
   TilesPlan plan;
   int64_t k, p;
   bool ue8m0;
-  bool column_major_row_scales, column_major_column_scales;
   std::shared_ptr<const jit::Kernel> kernel;
 };
 
 // `p`: tokens of the columns; for square blocks M.
 ErrorOr<std::unique_ptr<TilesState>> InstantiateTiles(std::string_view input,
                                                       std::string_view blocks, int64_t k, int64_t p,
-                                                      bool swiglu, bool ue8m0,
-                                                      bool column_major_row_scales,
-                                                      bool column_major_column_scales) {
+                                                      bool swiglu, bool ue8m0) {
   JAX_DS_ASSIGN_OR_RETURN(Input type, ParseInput(input));
   JAX_DS_ASSIGN_OR_RETURN(Blocks kind, ParseBlocks(blocks));
   if (swiglu && kind != Blocks::kLines) {
@@ -131,8 +124,6 @@ ErrorOr<std::unique_ptr<TilesState>> InstantiateTiles(std::string_view input,
   state->k = k;
   state->p = p;
   state->ue8m0 = ue8m0;
-  state->column_major_row_scales = column_major_row_scales;
-  state->column_major_column_scales = column_major_column_scales;
   JAX_DS_ASSIGN_OR_RETURN(state->kernel, jit::GetKernel(state->plan.Spec()));
   return state;
 }
@@ -170,8 +161,6 @@ Error ExecuteTiles(TilesState* state, int32_t ordinal, cuda::Stream stream, AnyB
   params.row_values = values->untyped_data();
   params.row_scales = static_cast<float*>(scales->untyped_data());
   params.ue8m0 = state->ue8m0;
-  params.column_major_row_scales = state->column_major_row_scales;
-  params.column_major_column_scales = state->column_major_column_scales;
   if (plan.blocks != Blocks::kSquare) {
     JAX_DS_RETURN_IF_ERROR(TakeColumns(*state, columns, &params));
   }
@@ -185,7 +174,7 @@ Error ExecuteTiles(TilesState* state, int32_t ordinal, cuda::Stream stream, AnyB
   } else if (state->p != (square ? m : Blocks128(m) * kBlock)) {
     return InvalidArgument("p: must be the rows of x, rounded up to 128 unless square");
   }
-  JAX_DS_ASSIGN_OR_RETURN(unsigned int grid, plan.Grid(batch, m, k, state->p, grouped, &params));
+  JAX_DS_ASSIGN_OR_RETURN(unsigned int grid, plan.Grid(batch, m, k, state->p, &params));
   return jit::Launch(*state->kernel, ordinal, stream, {{grid}, {TilesPlan::kThreads}, {}}, params);
 }
 
@@ -196,9 +185,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateTiles, InstantiateTiles,
                            .Attr<int64_t>("k")
                            .Attr<int64_t>("p")
                            .Attr<bool>("swiglu")
-                           .Attr<bool>("ue8m0")
-                           .Attr<bool>("column_major_row_scales")
-                           .Attr<bool>("column_major_column_scales"));
+                           .Attr<bool>("ue8m0"));
 XLA_FFI_DEFINE_HANDLER(
     kInitializeTiles, InitializeTiles,
     ffi::Ffi::BindInitialize().Ctx<ffi::State<TilesState>>().Ctx<ffi::DeviceOrdinal>());

@@ -77,25 +77,20 @@ jit::KernelSpec TilesPlan::Spec() const {
   return spec;
 }
 
-ErrorOr<unsigned int> TilesPlan::Grid(int64_t batch, int64_t m, int64_t k, int64_t p, bool grouped,
+ErrorOr<unsigned int> TilesPlan::Grid(int64_t batch, int64_t m, int64_t k, int64_t p,
                                       TilesParams* params) const {
   const int64_t row_tiles = CeilDiv(p, kBlock), kb = CeilDiv(k, kBlock);
-  // Finding a token block's group costs about as much as a tile; share it where tiles abound.
-  const int64_t per_cta = grouped && batch * row_tiles * kb >= 2048 ? 4 : 1;
-  const int64_t cta_columns = CeilDiv(kb, per_cta);
-  const int64_t grid = batch * row_tiles * cta_columns;
+  const int64_t tiles = batch * row_tiles * kb;
   JAX_DS_RETURN_IF_ERROR(CheckSize("rows", m));
   JAX_DS_RETURN_IF_ERROR(CheckSize("columns", k, kMaxColumns));
   JAX_DS_RETURN_IF_ERROR(CheckSize("tokens", p));
-  JAX_DS_RETURN_IF_ERROR(CheckSize("tiles", grid));
+  JAX_DS_RETURN_IF_ERROR(CheckSize("tiles", tiles));
   params->m = static_cast<int>(m);
   params->k = static_cast<int>(k);
   params->kb = static_cast<int>(kb);
   params->p = static_cast<int>(p);
   params->row_tiles = static_cast<int>(row_tiles);
-  params->col_tiles_per_cta = static_cast<int>(per_cta);
-  params->cta_columns = static_cast<int>(cta_columns);
-  return static_cast<unsigned int>(grid);
+  return static_cast<unsigned int>(tiles);
 }
 
 std::vector<jit::KernelSpec> AllKernels() {

@@ -52,7 +52,7 @@ struct TilesPlan {
   static constexpr int kThreads = 256;
   // Fills the sizes of `params`; returns the number of CTAs to launch for x: [batch, M, K] and
   // columns of P tokens.
-  ErrorOr<unsigned int> Grid(int64_t batch, int64_t m, int64_t k, int64_t p, bool grouped,
+  ErrorOr<unsigned int> Grid(int64_t batch, int64_t m, int64_t k, int64_t p,
                              TilesParams* params) const;
 };
 

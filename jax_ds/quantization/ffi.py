@@ -22,7 +22,6 @@ def quantize_rows(
     *,
     scale_dtype: ScaleDtype,
     swiglu: bool = False,
-    column_major_scales: bool = True,
 ) -> Quantized:
     """1x128 blocks along the last dimension; with `swiglu`, of `silu(gate) * up`."""
     if x.ndim == 1:
@@ -44,9 +43,8 @@ def quantize_rows(
             "k": k,
             "swiglu": swiglu,
             "ue8m0": scale_dtype == "ue8m0",
-            "column_major_scales": column_major_scales,
         },
-        output_layouts=[None, _column_major(x.ndim) if column_major_scales else None],
+        output_layouts=[None, _column_major(x.ndim)],
     )
     return Quantized(values, scales)
 
@@ -69,7 +67,7 @@ def quantize_lines(
         "jax_ds_quantize_tiles",
         outputs,
         *([x] if group_sizes is None else [x, group_sizes]),
-        attributes=_tiles_attributes(x, "lines", k, p, swiglu, scale_dtype, column_major=True),
+        attributes=_tiles_attributes(x, "lines", k, p, swiglu, scale_dtype),
         output_layouts=[None, _column_major(2), None, _column_major(2)],
     )
     return _pair(results)
@@ -107,7 +105,6 @@ def _tiles_attributes(
     p: int,
     swiglu: bool,
     scale_dtype: ScaleDtype,
-    column_major: bool = False,
 ) -> dict[str, Any]:
     return {
         "input": x.dtype.name,
@@ -116,8 +113,6 @@ def _tiles_attributes(
         "p": p,
         "swiglu": swiglu,
         "ue8m0": scale_dtype == "ue8m0",
-        "column_major_row_scales": column_major,
-        "column_major_column_scales": column_major,
     }
 
 

@@ -24,21 +24,16 @@ void Rows() {
 }
 
 void Tiles() {
-  const q::TilesPlan lines = q::TilesPlan::For(Input::kFloat32, Blocks::kLines, false, 300, 384);
-  const q::TilesPlan square = q::TilesPlan::For(Input::kFloat32, Blocks::kSquare, false, 300, 384);
-  CHECK(!lines.aligned);
-  for (int slots : {1, 132, 264}) {
-    for (int64_t k : {1, 128, 300, 7168}) {
-      for (int64_t p : {128, 384, 12800}) {
-        q::TilesParams params = {};
-        auto grid = lines.Grid(2, p, k, p, slots, &params);
-        CHECK(grid.has_value());
-        CHECK_EQ(params.row_tiles, (p + 127) / 128);
-        CHECK_EQ(params.tiles, 2 * params.row_tiles * params.kb);
-        // Every CTA has a tile, and all of them run at once.
-        CHECK_EQ(*grid, static_cast<unsigned int>(std::min(params.tiles, slots)));
-        CHECK_EQ(*square.Grid(2, p, k, p, slots, &params), static_cast<unsigned int>(params.tiles));
-      }
+  const q::TilesPlan plan = q::TilesPlan::For(Input::kFloat32, Blocks::kLines, false, 300, 384);
+  CHECK(!plan.aligned);
+  for (int64_t k : {1, 128, 300, 7168}) {
+    for (int64_t p : {128, 384, 12800}) {
+      q::TilesParams params = {};
+      auto grid = plan.Grid(2, p, k, p, &params);
+      CHECK(grid.has_value());
+      CHECK_EQ(params.row_tiles, (p + 127) / 128);
+      CHECK_EQ(params.kb, (k + 127) / 128);
+      CHECK_EQ(*grid, 2u * params.row_tiles * params.kb);
     }
   }
 }
@@ -50,7 +45,7 @@ void Limits() {
   CHECK(plan.Grid(1, int64_t{1} << 31, 128, &rows).has_error());
   CHECK(plan.Grid(int64_t{1} << 28, 1024, 128, &rows).has_error());
   const q::TilesPlan square = q::TilesPlan::For(Input::kBfloat16, Blocks::kSquare, false, 128, 128);
-  auto wide = square.Grid(1, 128, int64_t{1} << 23, 128, 264, &tiles);
+  auto wide = square.Grid(1, 128, int64_t{1} << 23, 128, &tiles);
   CHECK(wide.has_error());
   CHECK(wide.error().message().find("columns: must be at most") != std::string::npos);
 }

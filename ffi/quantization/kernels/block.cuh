@@ -11,6 +11,7 @@ namespace jax_ds::quantization {
 
 constexpr int kBlock = 128;
 constexpr u32 kNaN = 0x7fc00000, kInfinity = 0x7f800000;
+constexpr u32 kNaNCodes = 0x7f7f7f7f;  // four of e4m3fn
 
 enum class Input { kBfloat16, kFloat32 };
 
@@ -32,6 +33,19 @@ struct Word<Input::kBfloat16> {
     asm("max.u16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
     return m;
   }
+  // max(m, magnitude(word)), in one piece: the compiler would keep the magnitudes of many words,
+  // which several maxima share, for longer than registers last.
+  static JAX_DS_DEVICE u32 accumulate(u32 m, u32 word) {
+    u32 largest;
+    asm("{\n"
+        " .reg .b32 a;\n"
+        " and.b32 a, %2, 0x7fff7fff;\n"
+        " max.u16x2 %0, %1, a;\n"
+        "}"
+        : "=r"(largest)
+        : "r"(m), "r"(word));
+    return largest;
+  }
   // The elements times 2^-64.
   static JAX_DS_DEVICE u32 prescale(u32 word) {
     u32 product;
@@ -51,6 +65,18 @@ struct Word<Input::kFloat32> {
   static JAX_DS_DEVICE float element(u32 word, int) { return __uint_as_float(word); }
   static JAX_DS_DEVICE u32 magnitude(u32 word) { return word & 0x7fffffffu; }
   static JAX_DS_DEVICE u32 max(u32 a, u32 b) { return ::max(a, b); }
+  // One instruction, where magnitude and max are two.
+  static JAX_DS_DEVICE u32 accumulate(u32 m, u32 word) {
+    float largest;
+    asm("{\n"
+        " .reg .f32 a;\n"
+        " abs.f32 a, %2;\n"
+        " max.NaN.f32 %0, %1, a;\n"
+        "}"
+        : "=f"(largest)
+        : "f"(__uint_as_float(m)), "f"(__uint_as_float(word)));
+    return __float_as_uint(largest);
+  }
   static JAX_DS_DEVICE u32 prescale(u32 word) {
     return __float_as_uint(__uint_as_float(word) * 0x1p-64f);
   }
@@ -112,9 +138,17 @@ struct Segment {
   }
 };
 
-// silu(gate) * up in float32. Where exp overflows, the quotient is zero.
+// To one unit in the last place; of infinity and of anything above 2^126, zero.
+JAX_DS_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// silu(gate) * up in float32. Where exp overflows, silu is zero.
 JAX_DS_DEVICE float swiglu(float gate, float up) {
-  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+  constexpr float kLog2e = 1.4426950408889634f;
+  return gate * reciprocal(1.0f + ex2(gate * -kLog2e)) * up;
 }
 
 template <Input kInput>
@@ -150,10 +184,8 @@ struct Reciprocal {
   float high, low;
 
   static JAX_DS_DEVICE Reciprocal of(float d) {
-    float approximate;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(approximate) : "f"(d));
     // Certainly below 1/d: the approximation errs by one unit in the last place at most.
-    const float high = __fmul_rn(approximate, 1.0f - 0x1p-21f);
+    const float high = __fmul_rn(reciprocal(d), 1.0f - 0x1p-21f);
     const float rest = __fmaf_rn(-d, high, 1.0f);
     const float low = __fmul_rn(__fmaf_rn(rest, rest, rest), high);
     // An infinite d makes finite x zero and infinite x NaN.

@@ -1,8 +1,10 @@
 // 1x128 quantization along rows and, transposed, along columns (tokens), from one read of x;
 // optionally of silu(gate) * up.
 //
-// Every thread copies its own elements of the tile to shared memory asynchronously and reads them
-// there twice: few registers, so that several CTAs share an SM and one computes while others load.
+// Every thread copies its own elements of the tile to shared memory asynchronously, a row at a
+// time, and reads them there twice; the transpose takes the place of the first half once that is
+// read. Few registers and little shared memory, so that several CTAs share an SM: one computes
+// while others load.
 #pragma once
 
 #include "quantization/kernels/tile.cuh"
@@ -16,8 +18,8 @@ struct LinesConfig {
   static constexpr bool kAligned = kAligned_;  // K is a multiple of 16
   // CTAs an SM holds at once, as far as shared memory and registers allow.
   static constexpr int kMinCtas = !kAligned || (kInput == Input::kFloat32 && kSwiglu) ? 1
-                                  : kInput == Input::kFloat32 || kSwiglu              ? 2
-                                                                                      : 3;
+                                  : kInput == Input::kFloat32 || kSwiglu              ? 3
+                                                                                      : 4;
 };
 
 template <class Config>
@@ -26,6 +28,7 @@ struct LinesKernel {
   static constexpr bool kSwiglu = Config::kSwiglu;
   static constexpr int kHalves = kSwiglu ? 2 : 1;
   static constexpr int kWarps = kTileThreads / 32;
+  static constexpr int kWarpRows = kBlock / kWarps;
   // What is quantized: the input, or SwiGLU's result in float32.
   static constexpr Input kStored = kSwiglu ? Input::kFloat32 : Config::kInput;
   using In = Segment<Config::kInput>;
@@ -34,20 +37,27 @@ struct LinesKernel {
   static constexpr int kPieceBytes = 8 * In::W::kBytes;  // of the input
 
   struct Shared {
-    alignas(16) char x[kHalves][kBlock][kBlock * In::W::kBytes];
-    Transpose transpose;
+    union {
+      alignas(16) char x[2][kHalves][kBlock][kBlock / 2 * In::W::kBytes];  // by piece
+      Transpose transpose;  // takes the place of piece 0
+    };
     alignas(16) u32 amax[kWarps][kBlock];
     alignas(16) float high[kBlock], low[kBlock], prescale[kBlock];
-    GroupScratch groups;
   };
   static_assert(sizeof(Shared) <= lines_shared_bytes(In::W::kBytes, kSwiglu));
 
+  // A warp holds sixteen rows, and has nothing to do where the tile has none of them.
+  static JAX_DS_DEVICE bool is_idle(const Tile& tile) {
+    return static_cast<int>(threadIdx.x) / 32 * kWarpRows >= tile.rows;
+  }
+
   static JAX_DS_DEVICE char* piece_address(Shared& shared, int half, int s, int piece) {
-    return shared.x[half][tile_group() * 4 + s] + piece_column(piece) * In::W::kBytes;
+    return shared.x[piece][half][tile_group() * 4 + s] + tile_lane() * 8 * In::W::kBytes;
   }
 
   // Starts copying this thread's elements; what lies outside x becomes zero.
   static JAX_DS_DEVICE void start_load(const TilesParams& p, const Tile& tile, Shared& shared) {
+    if (is_idle(tile)) return;
     const char* const tile_x = static_cast<const char*>(p.x) +
                                tile.origin(p, static_cast<i64>(kHalves) * p.k) * In::W::kBytes;
     const int available = p.k - tile.col_tile * kBlock;
@@ -73,8 +83,8 @@ struct LinesKernel {
           }
         }
       }
+      cp_async_commit_group();
     }
-    cp_async_commit_group();
   }
 
   // Eight elements, of which the first `available` exist, one by one.
@@ -181,26 +191,35 @@ struct LinesKernel {
     }
   }
 
+  // A thread reads only what it has copied itself: no barrier.
+  static JAX_DS_DEVICE void wait_for_row(int s) {
+    if (s == 0) cp_async_wait_group<3>();
+    if (s == 1) cp_async_wait_group<2>();
+    if (s == 2) cp_async_wait_group<1>();
+    if (s == 3) cp_async_wait_group<0>();
+  }
+
   // The scale of the row this thread owns, also to global memory; the columns' maxima to shared.
   static JAX_DS_DEVICE float row_scale(const TilesParams& p, const Tile& tile, Shared& shared) {
     u32 column_amax[Stored::kWords], row_amax[4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
+      wait_for_row(s);
       const Stored x = make_stored(shared, s);
-      row_amax[s] = x.amax();
+      u32 m = 0;
 #pragma unroll
       for (int i = 0; i < Stored::kWords; ++i) {
-        const u32 magnitude = W::magnitude(x.words[i]);
-        column_amax[i] = s == 0 ? magnitude : W::max(column_amax[i], magnitude);
+        m = W::accumulate(m, x.words[i]);
+        column_amax[i] = W::accumulate(s == 0 ? 0 : column_amax[i], x.words[i]);
       }
+      row_amax[s] = W::fold(m);
     }
     reduce_columns(column_amax, shared);
     const float scale = scale_of(reduce_rows(row_amax), p.ue8m0);
     const int r = tile_group() * 4 + owned_row();
     if (tile_lane() < 4 && r < tile.rows) {
-      const i64 row = tile.first_row + r, base = tile.batch * p.m * p.kb;
-      p.row_scales[base + (p.column_major_row_scales ? static_cast<i64>(tile.col_tile) * p.m + row
-                                                     : row * p.kb + tile.col_tile)] = scale;
+      const i64 line = static_cast<i64>(tile.batch) * p.kb + tile.col_tile;
+      p.row_scales[line * p.m + tile.first_row + r] = scale;
     }
     return scale;
   }
@@ -209,9 +228,11 @@ struct LinesKernel {
   static JAX_DS_DEVICE bool column_scales(const TilesParams& p, const Tile& tile, Shared& shared) {
     if (threadIdx.x >= kBlock) return false;
     const int c = threadIdx.x;
-    u32 m = shared.amax[0][c];
+    u32 m = 0;
 #pragma unroll
-    for (int warp = 1; warp < kWarps; ++warp) m = max(m, shared.amax[warp][c]);
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (warp * kWarpRows < tile.rows) m = max(m, shared.amax[warp][c]);
+    }
     const float scale = scale_of(m, p.ue8m0);
     store_column_scale(p, tile, tile.col_tile * kBlock + c, scale);
     const Reciprocal r = Reciprocal::of(is_huge(scale) ? scale * kPrescale : scale);
@@ -221,105 +242,116 @@ struct LinesKernel {
     return is_huge(scale);
   }
 
-  static JAX_DS_DEVICE void store_column_scale(const TilesParams& p, const Tile& tile, i64 column,
+  static JAX_DS_DEVICE void store_column_scale(const TilesParams& p, const Tile& tile, int column,
                                                float scale) {
     if (column >= p.k) return;
-    const i64 base = tile.batch * p.k * p.row_tiles;
-    p.column_scales[base + (p.column_major_column_scales
-                                ? static_cast<i64>(tile.token_block) * p.k + column
-                                : column * p.row_tiles + tile.token_block)] = scale;
+    const i64 line = static_cast<i64>(tile.batch) * p.row_tiles + tile.token_block;
+    p.column_scales[line * p.k + column] = scale;
   }
 
-  // Rows to global memory, columns to shared, from one conversion of each element. Only tiles with
-  // a huge scale (kHuge) pay for prescaling.
-  template <bool kHuge>
-  static JAX_DS_DEVICE void quantize_both(const TilesParams& p, const Tile& tile, Shared& shared,
-                                          float own_scale) {
-    const float own_prescale = is_huge(own_scale) ? kPrescale : 1.0f;
-    const Reciprocal own = Reciprocal::of(own_scale * own_prescale);
-    Reciprocal row[4];
-#pragma unroll
-    for (int s = 0; s < 4; ++s) row[s] = {from_owner(own.high, s), from_owner(own.low, s)};
-    u8* const to = static_cast<u8*>(p.row_values) + tile.origin(p, p.k);
-#pragma unroll
-    for (int piece = 0; piece < 2; ++piece) {
-      u32 x[4][Stored::kWords / 2], values[4][2];
-#pragma unroll
-      for (int s = 0; s < 4; ++s) read_stored(shared, s, piece, x[s]);
-#pragma unroll
-      for (int i = 0; i < 8; i += 4) {
-        float v[4][4];
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            v[s][j] = W::element(x[s][(i + j) / W::kElements], (i + j) % W::kElements);
-          }
-          const float f = kHuge ? from_owner(own_prescale, s) : 1.0f;
-          auto value = [&](int j) { return row[s].times(kHuge ? v[s][j] * f : v[s][j]); };
-          values[s][i / 4] = cvt_e4m3x4(value(0), value(1), value(2), value(3));
-        }
-        const int first = piece_column(piece) + i;
-        const float4 high = *reinterpret_cast<const float4*>(&shared.high[first]);
-        const float4 low = *reinterpret_cast<const float4*>(&shared.low[first]);
-        const Reciprocal column[4] = {
-            {high.x, low.x}, {high.y, low.y}, {high.z, low.z}, {high.w, low.w}};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float f = kHuge ? shared.prescale[first + j] : 1.0f;
-          auto value = [&](int s) { return column[j].times(kHuge ? v[s][j] * f : v[s][j]); };
-          shared.transpose.at(first + j, tile_group()) =
-              cvt_e4m3x4(value(0), value(1), value(2), value(3));
-        }
-      }
-      const int available = p.k - tile.col_tile * kBlock - piece_column(piece);
+  // The reciprocals of this thread's four rows.
+  struct RowScales {
+    Reciprocal reciprocal[4];
+    float own_prescale;
+
+    JAX_DS_DEVICE explicit RowScales(float own_scale)
+        : own_prescale(is_huge(own_scale) ? kPrescale : 1.0f) {
+      const Reciprocal own = Reciprocal::of(own_scale * own_prescale);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        const int r = tile_group() * 4 + s;
-        if (r >= tile.rows || available <= 0) continue;
-        store_piece<kAligned>(to + (r * p.k + piece_column(piece)), values[s], available);
+        reciprocal[s] = {from_owner(own.high, s), from_owner(own.low, s)};
       }
     }
+  };
+
+  // Quantizes one piece from one conversion of each element: rows to global memory, of each of the
+  // eight columns a word. Only tiles with a huge scale (kHuge) pay for prescaling.
+  template <bool kHuge>
+  static JAX_DS_DEVICE void quantize_piece(const TilesParams& p, const Tile& tile, Shared& shared,
+                                           int piece, const RowScales& row, u32 (&columns)[8]) {
+    u32 x[4][Stored::kWords / 2], values[4][2];
+#pragma unroll
+    for (int s = 0; s < 4; ++s) read_stored(shared, s, piece, x[s]);
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      float v[4][4];
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          v[s][j] = W::element(x[s][(i + j) / W::kElements], (i + j) % W::kElements);
+        }
+        const float f = kHuge ? from_owner(row.own_prescale, s) : 1.0f;
+        auto value = [&](int j) { return row.reciprocal[s].times(kHuge ? v[s][j] * f : v[s][j]); };
+        values[s][i / 4] = cvt_e4m3x4(value(0), value(1), value(2), value(3));
+      }
+      const int first = piece_column(piece) + i;
+      const float4 high = *reinterpret_cast<const float4*>(&shared.high[first]);
+      const float4 low = *reinterpret_cast<const float4*>(&shared.low[first]);
+      const Reciprocal column[4] = {
+          {high.x, low.x}, {high.y, low.y}, {high.z, low.z}, {high.w, low.w}};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float f = kHuge ? shared.prescale[first + j] : 1.0f;
+        auto value = [&](int s) { return column[j].times(kHuge ? v[s][j] * f : v[s][j]); };
+        columns[i + j] = cvt_e4m3x4(value(0), value(1), value(2), value(3));
+      }
+    }
+    u8* const to = static_cast<u8*>(p.row_values) + tile.origin(p, p.k) + piece_column(piece);
+    const int available = p.k - tile.col_tile * kBlock - piece_column(piece);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const int r = tile_group() * 4 + s;
+      if (r < tile.rows && available > 0) store_piece<kAligned>(to + r * p.k, values[s], available);
+    }
+  }
+
+  // All results of a tile once the scales are known.
+  template <bool kHuge>
+  static JAX_DS_DEVICE void quantize_tile(const TilesParams& p, const Tile& tile, Shared& shared,
+                                          float own_scale) {
+    const bool idle = is_idle(tile);
+    const RowScales row(own_scale);
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+      u32 columns[8];
+      if (!idle) quantize_piece<kHuge>(p, tile, shared, piece, row, columns);
+      // Everyone has read piece 0: from here on its place belongs to the transpose.
+      if (piece == 0) __syncthreads();
+      if (idle) continue;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        shared.transpose.at(piece_column(piece) + j, tile_group()) = columns[j];
+      }
+    }
+    __syncthreads();
+    // Zeros, which divided by a scale of NaN are NaN.
+    shared.transpose.template store<kAligned>(
+        p, tile, [&](int c) { return isnan(shared.high[c]) ? kNaNCodes : 0u; });
   }
 
   // What a token block without tokens holds: zeros, with scale 1.
   static JAX_DS_DEVICE void zero_columns(const TilesParams& p, const Tile& tile, Shared& shared) {
-    shared.transpose.clear();
     if (threadIdx.x < kBlock) {
       store_column_scale(p, tile, tile.col_tile * kBlock + threadIdx.x, 1.0f);
     }
-    shared.transpose.store<kAligned>(p, tile);
+    shared.transpose.template store<kAligned>(p, tile, [](int) { return 0u; });
   }
 
   static JAX_DS_DEVICE void run(const TilesParams& p) {
     extern __shared__ __align__(16) char raw[];
     Shared& shared = *reinterpret_cast<Shared*>(raw);
-    Tile tile = find_tile(p, shared.groups);
-    const int end = min(tile.col_tile + p.col_tiles_per_cta, p.kb);
-    if (tile.rows <= 0) {
-      for (; tile.col_tile < end; ++tile.col_tile) zero_columns(p, tile, shared);
-      return;
-    }
+    const Tile tile = find_tile(p);
+    if (tile.rows <= 0) return zero_columns(p, tile, shared);
+    float scale = 1.0f;
     start_load(p, tile, shared);
-    while (true) {
-      // A thread reads only what it has copied itself: no barrier.
-      cp_async_wait_group<0>();
-      const float scale = row_scale(p, tile, shared);
-      __syncthreads();
-      const bool huge = column_scales(p, tile, shared) || is_huge(scale);
-      if (__syncthreads_or(huge)) {
-        quantize_both<true>(p, tile, shared, scale);
-      } else {
-        quantize_both<false>(p, tile, shared, scale);
-      }
-      Tile next = tile;
-      ++next.col_tile;
-      // This thread has read its elements for the last time.
-      if (next.col_tile < end) start_load(p, next, shared);
-      __syncthreads();
-      shared.transpose.store<kAligned>(p, tile);
-      if (next.col_tile >= end) return;
-      tile = next;
+    if (!is_idle(tile)) scale = row_scale(p, tile, shared);
+    __syncthreads();
+    const bool huge = column_scales(p, tile, shared) || is_huge(scale);
+    if (__syncthreads_or(huge)) {
+      quantize_tile<true>(p, tile, shared, scale);
+    } else {
+      quantize_tile<false>(p, tile, shared, scale);
     }
   }
 };

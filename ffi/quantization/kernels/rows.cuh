@@ -87,19 +87,16 @@ struct RowsKernel {
     store_scales(p, scales, batch, first_row, rows, col_tile);
   }
 
-  // Consecutive threads write consecutive addresses in either layout.
+  // Consecutive threads write consecutive addresses.
   static JAX_DS_DEVICE void store_scales(
       const RowsParams& p, const float (&scales)[Config::kTileRows][Config::kTileBlocks], i64 batch,
       int first_row, int rows, int col_tile) {
     if (threadIdx.x >= Config::kTileRows * Config::kTileBlocks) return;
     const int i = threadIdx.x;
-    const int r = p.column_major_scales ? i % Config::kTileRows : i / Config::kTileBlocks;
-    const int b = p.column_major_scales ? i / Config::kTileRows : i % Config::kTileBlocks;
+    const int r = i % Config::kTileRows, b = i / Config::kTileRows;
     const int row = first_row + r, block = col_tile * Config::kTileBlocks + b;
     if (row >= rows || block >= p.kb) return;
-    const i64 base = batch * p.m * p.kb;
-    p.scales[base + (p.column_major_scales ? static_cast<i64>(block) * p.m + row
-                                           : static_cast<i64>(row) * p.kb + block)] = scales[r][b];
+    p.scales[(batch * p.kb + block) * p.m + row] = scales[r][b];
   }
 };
 

@@ -38,7 +38,7 @@ struct SquareKernel {
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       const int r = tile_group() * 4 + s;
-      const i64 row = tile.batch * p.m + tile.first_row + r;
+      const i64 row = static_cast<i64>(tile.batch) * p.m + tile.first_row + r;
       x[s].clear();
 #pragma unroll
       for (int piece = 0; piece < 2; ++piece) {
@@ -78,7 +78,7 @@ struct SquareKernel {
       quantize(x[s], scale, values[s]);
       store_row<kAligned>(p, tile, s, values[s]);
     }
-    const i64 base = tile.batch * p.row_tiles * p.kb;
+    const i64 base = static_cast<i64>(tile.batch) * p.row_tiles * p.kb;
     if (threadIdx.x == 0) {
       p.row_scales[base + static_cast<i64>(tile.token_block) * p.kb + tile.col_tile] = scale;
     }
@@ -96,7 +96,7 @@ struct SquareKernel {
         }
       }
       __syncthreads();
-      shared.transpose.store<kAligned>(p, tile);
+      shared.transpose.store<kAligned>(p, tile, [](int) { return 0u; });
     }
   }
 };

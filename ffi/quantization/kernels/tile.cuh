@@ -12,7 +12,7 @@ namespace jax_ds::quantization {
 constexpr int kTileThreads = 256;
 
 struct Tile {
-  i64 batch;
+  int batch;
   int first_row, rows;  // of x; rows <= 128
   int token_block;
   int col_tile;
@@ -20,7 +20,7 @@ struct Tile {
   // Offset of the tile's first element in a [B, M, width] array. Within a tile 32 bits suffice:
   // the host keeps K below 2^22.
   JAX_DS_DEVICE i64 origin(const TilesParams& p, i64 width) const {
-    return (batch * p.m + first_row) * width + col_tile * kBlock;
+    return (static_cast<i64>(batch) * p.m + first_row) * width + col_tile * kBlock;
   }
 };
 
@@ -55,28 +55,25 @@ struct Transpose {
     return words[column][(group / 4 ^ column / 8 % 8) * 4 + group % 4];
   }
 
-  // Zeros where this thread's share of store() reads.
-  JAX_DS_DEVICE void clear() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int index = i * kTileThreads + threadIdx.x;
-      *reinterpret_cast<uint4*>(&at(index / 8, index % 8 * 4)) = make_uint4(0, 0, 0, 0);
-    }
-  }
-
-  // All threads, after a barrier: to column_values.
-  template <bool kAligned>
-  JAX_DS_DEVICE void store(const TilesParams& p, const Tile& tile) {
+  // All threads, after a barrier: to column_values. Chunks of sixteen tokens of which the tile has
+  // none are not read here: they are four words of padding(column).
+  template <bool kAligned, class Padding>
+  JAX_DS_DEVICE void store(const TilesParams& p, const Tile& tile, Padding padding) {
     const int first = threadIdx.x / 8, chunk = threadIdx.x % 8;
     const int token = tile.token_block * kBlock + chunk * 16;
-    const i64 first_column = tile.batch * p.k + tile.col_tile * kBlock + first;
+    const i64 first_column = static_cast<i64>(tile.batch) * p.k + tile.col_tile * kBlock + first;
     u8* to = static_cast<u8*>(p.column_values) + first_column * p.p + token;
     constexpr int kStep = kTileThreads / 8;
 #pragma unroll
     for (int i = 0; i < kBlock / kStep; ++i, to += static_cast<i64>(kStep) * p.p) {
       const int c = i * kStep + first;
       if (tile.col_tile * kBlock + c >= p.k || token >= p.p) continue;
-      const uint4 four = *reinterpret_cast<const uint4*>(&at(c, chunk * 4));
+      uint4 four;
+      if (chunk * 16 < tile.rows) {
+        four = *reinterpret_cast<const uint4*>(&at(c, chunk * 4));
+      } else {
+        four.x = four.y = four.z = four.w = padding(c);
+      }
       if constexpr (kAligned) {
         *reinterpret_cast<uint4*>(to) = four;
       } else {
@@ -89,18 +86,25 @@ struct Transpose {
   }
 };
 
-// The CTA's token block and batch, and the rows it holds.
-JAX_DS_DEVICE Tile find_tile(const TilesParams& p, GroupScratch& scratch) {
+// Token blocks that are walked together, column by column: of the columns' lines, neighbours are
+// written at about the same time.
+constexpr int kBand = 4;
+
+// The tile of this CTA; the whole warp calls it.
+JAX_DS_DEVICE Tile find_tile(const TilesParams& p) {
   Tile tile;
-  tile.token_block = blockIdx.x / p.cta_columns % p.row_tiles;
-  tile.batch = blockIdx.x / p.cta_columns / p.row_tiles;
-  tile.col_tile = blockIdx.x % p.cta_columns * p.col_tiles_per_cta;
+  const int batch_tiles = p.row_tiles * p.kb, band_tiles = kBand * p.kb;
+  tile.batch = blockIdx.x / batch_tiles;
+  const int in_batch = blockIdx.x % batch_tiles, first = in_batch / band_tiles * kBand;
+  const int in_band = in_batch % band_tiles, height = min(kBand, p.row_tiles - first);
+  tile.token_block = first + in_band % height;
+  tile.col_tile = in_band / height;
   if (p.num_groups < 0) {
     tile.first_row = tile.token_block * kBlock;
     tile.rows = min(kBlock, p.m - tile.first_row);
   } else {
-    const TokenBlock found = find_rows(p.group_sizes + tile.batch * p.num_groups, p.num_groups, p.m,
-                                       tile.token_block, scratch);
+    const TokenBlock found =
+        find_rows(p.group_sizes + tile.batch * p.num_groups, p.num_groups, p.m, tile.token_block);
     tile.first_row = found.first_row;
     tile.rows = found.rows;
   }
