@@ -6,8 +6,9 @@
 // next tile of keys and products with the current tile of values are issued together, and the
 // softmax of the next tile runs under the latter. The warpgroups take turns at issuing, so that one
 // computes exponentials while the other has the tensor cores (FlashAttention-3's two overlaps:
-// Shah et al. 2024, section 3). The grid is persistent; tiles of keys are walked from the diagonal
-// backwards, so that only the first ones are masked.
+// Shah et al. 2024, section 3). The grid is persistent; a thread of its own deals out tiles of
+// queries (prefill_tiles.cuh). Tiles of keys are walked from the diagonal backwards, so that only
+// the first ones are masked.
 #pragma once
 
 #include "flash_mla/kernels/prefill_common.cuh"
@@ -142,6 +143,39 @@ struct OnlineSoftmax {
 
 // ---- consumer: one math warpgroup ---------------------------------------------------------------
 
+// Normalises and stores a warp's 16 rows from `row` on, and their lse.
+template <PrefillConfig kConfig>
+JAX_DS_DEVICE void prefill_write(const PrefillParams& p, const HeldTile& tile, int row,
+                                 OnlineSoftmax<kConfig.block_n>& softmax,
+                                 float (&out)[kConfig.v_dim / 2], u32 staging) {
+  softmax.finish();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int i = row + half * 8 + lane_id() / 4;
+    const float inverse = softmax.sum[half] == 0.0f ? 0.0f : 1.0f / softmax.sum[half];
+#pragma unroll
+    for (int j = 0; j < kConfig.v_dim / 8; ++j) {
+      out[4 * j + 2 * half] *= inverse;
+      out[4 * j + 2 * half + 1] *= inverse;
+    }
+    if (lane_id() % 4 == 0 && i < tile.end) {
+      const i64 at =
+          (static_cast<i64>(tile.batch) * p.queries.rows + i) * p.queries.heads + tile.head;
+      p.lse[at] = softmax.reference[half] == -kInfinity
+                      ? -kInfinity
+                      : (softmax.reference[half] + lg2(softmax.sum[half])) * kLn2;
+    }
+  }
+  const i64 stride = static_cast<i64>(p.queries.heads) * kConfig.v_dim;
+  u16* rows = static_cast<u16*>(p.out) +
+              (static_cast<i64>(tile.batch) * p.queries.rows + row) * stride +
+              tile.head * kConfig.v_dim;
+#pragma unroll
+  for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
+    store_slab(out, slab, staging, rows + slab * 64, stride, tile.end - row);
+  }
+}
+
 template <PrefillConfig kConfig>
 JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfig>& s) {
   constexpr int kN = kConfig.block_n;
@@ -155,8 +189,14 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
   Pipeline<1> q_ring(s.q_ring);
   Pipeline<kConfig.stages> k_ring(s.k_ring), v_ring(s.v_ring);
   TileReader<true> reader(s.board);
-  while (reader.next()) {
-    const HeldTile tile = reader.tile();
+  HeldTile following;
+  auto read_ahead = [&] {
+    reader.next();
+    following = reader.tile();
+  };
+  read_ahead();
+  while (following.head >= 0) {
+    const HeldTile tile = following;
     const int row = tile.row + group * 64 + warp % 4 * 16;
     const int blocks = walked_blocks(tile, kN);
     float out[kConfig.v_dim / 2] = {};
@@ -233,36 +273,14 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
 
       v_ring.wait();
       multiply_values();
+      read_ahead();  // hidden by the last product
       wgmma::wait_group<0>();
       if (releases) v_ring.release();
       v_ring.advance();
+    } else {
+      read_ahead();
     }
-    softmax.finish();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = row + half * 8 + lane_id() / 4;
-      const float inverse = softmax.sum[half] == 0.0f ? 0.0f : 1.0f / softmax.sum[half];
-#pragma unroll
-      for (int j = 0; j < kConfig.v_dim / 8; ++j) {
-        out[4 * j + 2 * half] *= inverse;
-        out[4 * j + 2 * half + 1] *= inverse;
-      }
-      if (lane_id() % 4 == 0 && i < tile.end) {
-        const i64 at =
-            (static_cast<i64>(tile.batch) * p.queries.rows + i) * p.queries.heads + tile.head;
-        p.lse[at] = softmax.reference[half] == -kInfinity
-                        ? -kInfinity
-                        : (softmax.reference[half] + lg2(softmax.sum[half])) * kLn2;
-      }
-    }
-    const i64 stride = static_cast<i64>(p.queries.heads) * kConfig.v_dim;
-    u16* rows = static_cast<u16*>(p.out) +
-                (static_cast<i64>(tile.batch) * p.queries.rows + row) * stride +
-                tile.head * kConfig.v_dim;
-#pragma unroll
-    for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
-      store_slab(out, slab, staging, rows + slab * 64, stride, tile.end - row);
-    }
+    prefill_write<kConfig>(p, tile, row, softmax, out, staging);
   }
 }
 
