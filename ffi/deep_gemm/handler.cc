@@ -44,13 +44,14 @@ int NumSms() {
 
 ErrorOr<std::unique_ptr<GemmState>> Instantiate(std::string_view mode, std::string_view output,
                                                 int64_t m, int64_t n, int64_t k, int64_t groups,
-                                                bool accumulate, bool zero_tail) {
+                                                bool accumulate, bool zero_tail,
+                                                std::string_view config) {
   auto state = std::make_unique<GemmState>();
   JAX_DS_ASSIGN_OR_RETURN(Mode parsed_mode, ParseMode(mode));
   JAX_DS_ASSIGN_OR_RETURN(Output parsed_output, ParseOutput(output, accumulate));
   state->problem = {parsed_mode, parsed_output, m, n, k, groups};
   state->zero_tail = zero_tail;
-  JAX_DS_ASSIGN_OR_RETURN(state->plan, Choose(state->problem, NumSms()));
+  JAX_DS_ASSIGN_OR_RETURN(state->plan, Choose(state->problem, NumSms(), config));
   JAX_DS_ASSIGN_OR_RETURN(state->kernel, jit::GetKernel(state->plan.Spec()));
   return state;
 }
@@ -128,7 +129,9 @@ Error Execute(GemmState* state, int32_t ordinal, cuda::Stream stream, AnyBuffer 
   params.zero_tail = state->zero_tail;
   const int64_t clusters = std::min<int64_t>(state->plan.Clusters(p),
                                              state->slots[ordinal].load(std::memory_order_relaxed));
-  const auto shape = state->Shape(static_cast<unsigned int>(clusters));
+  auto shape = state->Shape(static_cast<unsigned int>(clusters));
+  // The kernel's beginning runs beside its predecessor's end; it waits before it reads anything.
+  shape.overlap_previous = true;
   for (int64_t i = 0; i < batch; ++i) {
     auto part = [&](const AnyBuffer& buffer) {
       return static_cast<char*>(buffer.untyped_data()) + buffer.size_bytes() / batch * i;
@@ -146,13 +149,13 @@ Error Execute(GemmState* state, int32_t ordinal, cuda::Stream stream, AnyBuffer 
     params.rhs_scales = reinterpret_cast<const float*>(part(rhs_scales));
     params.out_data = part(*out);
     const int out_bytes = OutputBytes(c);
-    const int64_t out_rows = p.mode == kMasked || p.mode == kWgrad ? p.m * p.groups : p.m;
+    const int64_t matrices = p.mode == kMasked || p.mode == kWgrad ? p.groups : 1;
     const jit::MapType out_type =
         p.output == kBfloat16 ? jit::MapType::kBfloat16 : jit::MapType::kFloat32;
-    JAX_DS_ASSIGN_OR_RETURN(
-        params.out,
-        jit::EncodeTensorMap(out_type, params.out_data, {p.n, out_rows}, {p.n * out_bytes},
-                             {128 / out_bytes, 16}, {jit::Swizzle::k128B}));
+    JAX_DS_ASSIGN_OR_RETURN(params.out,
+                            jit::EncodeTensorMap(out_type, params.out_data, {p.n, p.m, matrices},
+                                                 {p.n * out_bytes, p.m * p.n * out_bytes},
+                                                 {128 / out_bytes, 16, 1}, {jit::Swizzle::k128B}));
     params.group_sizes = group_sizes == nullptr ? nullptr : group_sizes + i * p.groups;
     JAX_DS_RETURN_IF_ERROR(jit::Launch(*state->kernel, ordinal, stream, shape, params));
   }
@@ -168,7 +171,8 @@ XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                            .Attr<int64_t>("k")
                            .Attr<int64_t>("groups")
                            .Attr<bool>("accumulate")
-                           .Attr<bool>("zero_tail"));
+                           .Attr<bool>("zero_tail")
+                           .Attr<std::string_view>("config"));
 XLA_FFI_DEFINE_HANDLER(
     kInitialize, Initialize,
     ffi::Ffi::BindInitialize().Ctx<ffi::State<GemmState>>().Ctx<ffi::DeviceOrdinal>());

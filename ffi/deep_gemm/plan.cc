@@ -11,21 +11,19 @@ namespace {
 // Dynamic shared memory of a CTA that has an SM to itself, and of one that shares it with another.
 constexpr int kSharedAlone = 232448, kSharedHalf = 115712;
 
-// A tile shape with what was measured for it.
+// A configuration but for mode, output and stages, with what was measured for it.
 struct Candidate {
   int block_m, block_n, math, multicast, split, per_sm, depth, turns;
   double cycles;  // per tile and block of K, with the SM's other CTAs running
 };
 
-// Many rows: tensor cores and shared memory are the limit. Larger tiles read shared memory less,
-// smaller ones waste less at the edges of matrices and of the last wave.
+// Many rows: tensor cores, and the register file that promotion shares with them, are the limit.
 constexpr Candidate kLarge[] = {
-    {128, 192, 2, 1, 1, 1, 1, 1, 985},
-    {128, 192, 2, 2, 1, 1, 1, 1, 995},
-    {128, 128, 2, 2, 1, 1, 2, 1, 700},
+    {128, 192, 2, 1, 1, 1, 1, 1, 990},
+    {128, 160, 2, 1, 1, 1, 1, 1, 920},
 };
-// Only where no group ends inside a tile: the other way out would not fit its registers.
-constexpr Candidate kLargest = {256, 128, 2, 2, 1, 1, 1, 0, 1300};
+// The least to bring from L2; too coarse for masked groups, of which few rows may be in use.
+constexpr Candidate kLargest = {256, 128, 2, 2, 1, 1, 1, 0, 1315};
 
 // Few rows: memory is the limit, so every SM must load from the start to the end.
 constexpr Candidate kSmall[] = {
@@ -35,7 +33,7 @@ constexpr Candidate kSmall[] = {
 // One matrix has too few tiles for that; K is divided too.
 constexpr Candidate kSmallest[] = {
     {64, 64, 1, 1, 2, 2, 2, 0, 230},  {64, 64, 1, 1, 4, 2, 2, 0, 230},
-    {64, 96, 1, 1, 1, 2, 1, 0, 330},  {64, 128, 1, 1, 2, 1, 2, 0, 420},
+    {64, 32, 1, 1, 2, 2, 2, 0, 130},  {64, 128, 1, 1, 2, 1, 2, 0, 420},
     {128, 64, 2, 1, 2, 1, 2, 1, 380}, {128, 128, 2, 2, 2, 1, 2, 1, 700},
 };
 
@@ -63,8 +61,8 @@ std::vector<Candidate> Candidates(Mode mode) {
   if (mode == kWgrad) return {std::begin(kGradient), std::end(kGradient)};
   std::vector<Candidate> candidates(std::begin(kLarge), std::end(kLarge));
   candidates.insert(candidates.end(), std::begin(kSmall), std::end(kSmall));
+  if (mode != kMasked) candidates.push_back(kLargest);
   if (mode == kDense) {
-    candidates.push_back(kLargest);
     candidates.insert(candidates.end(), std::begin(kSmallest), std::end(kSmallest));
   }
   return candidates;
@@ -87,9 +85,11 @@ int64_t Slots(const Config& c, int num_sms) {
 Estimate Cost(const Problem& p, const Config& c, double cycles, int num_sms) {
   const bool ragged = p.mode == kGrouped || p.mode == kMasked;
   const double rows = ExpectedRows(p), matrices = p.mode == kDense ? 1 : p.groups;
-  // A group ends anywhere in its last tile.
+  // A group ends anywhere in its last tile, of which rows past the end cost nothing where each
+  // warpgroup has two times 64.
+  const double last = c.waves() > 1 ? 0.25 : 0.5;
   const double row_tiles =
-      matrices * (ragged ? rows / c.block_m + 0.5 : std::ceil(rows / c.block_m));
+      matrices * (ragged ? rows / c.block_m + last : std::ceil(rows / c.block_m));
   const double columns = static_cast<double>(CeilDiv(p.n, int64_t{c.block_n} * c.multicast));
   const double clusters = row_tiles * columns, slots = static_cast<double>(Slots(c, num_sms));
   const double waves = ragged ? std::max(1.0, clusters / slots + 0.5) : std::ceil(clusters / slots);
@@ -110,39 +110,12 @@ Estimate Cost(const Problem& p, const Config& c, double cycles, int num_sms) {
   return e;
 }
 
-struct Ranked {
-  Plan plan;
-  double total;
-};
-
-ErrorOr<std::vector<Ranked>> Rank(const Problem& p, int num_sms) {
-  for (int64_t size : {p.m, p.n, p.k, p.groups}) {
-    if (size < 1 || size > std::numeric_limits<int>::max()) {
-      return InvalidArgument("sizes must be between 1 and 2^31 - 1, got " + std::to_string(size));
-    }
-  }
-  if (p.groups > kMaxGroups) {
-    return InvalidArgument("groups: at most " + std::to_string(kMaxGroups) + ", got " +
-                           std::to_string(p.groups));
-  }
-  std::vector<Ranked> ranked;
-  for (const Candidate& candidate : Candidates(p.mode)) {
-    Plan plan;
-    plan.config = Configure(p, candidate);
-    plan.estimate = Cost(p, plan.config, candidate.cycles, num_sms);
-    ranked.push_back({plan, plan.estimate.total_us()});
-  }
-  std::stable_sort(ranked.begin(), ranked.end(),
-                   [](const Ranked& a, const Ranked& b) { return a.total < b.total; });
-  return ranked;
-}
-
 }  // namespace
 
 double Estimate::total_us() const {
   const double longest = std::max({tensor_us, l2_us, dram_us});
   // The three overlap, but not wholly.
-  return longest + 0.15 * (tensor_us + l2_us + dram_us - longest) + overhead_us;
+  return longest + 0.05 * (tensor_us + l2_us + dram_us - longest) + overhead_us;
 }
 
 jit::KernelSpec Plan::Spec() const {
@@ -157,6 +130,21 @@ jit::KernelSpec Plan::Spec() const {
   spec.entry = "jax_ds::deep_gemm::Gemm<jax_ds::deep_gemm::Config{" + values + "}>";
   spec.shared_bytes = SharedBytes(c);
   return spec;
+}
+
+std::string Plan::Name() const {
+  const Config& c = config;
+  std::string name = std::to_string(c.block_m) + "x" + std::to_string(c.block_n);
+  auto add = [&](const char* field, int value, int otherwise) {
+    if (value != otherwise) name += std::string(",") + field + "=" + std::to_string(value);
+  };
+  add("math", c.math, 1);
+  add("lhs", c.multicast, 1);
+  add("split", c.split, 1);
+  add("per_sm", c.per_sm, 1);
+  add("depth", c.depth, 1);
+  add("turns", c.turns, 0);
+  return name;
 }
 
 int Plan::Band() const { return std::max(1, 1024 / config.block_m); }
@@ -187,23 +175,56 @@ ErrorOr<Output> ParseOutput(std::string_view name, bool accumulate) {
                          std::string(name));
 }
 
-ErrorOr<Plan> Choose(const Problem& problem, int num_sms) {
-  JAX_DS_ASSIGN_OR_RETURN(std::vector<Ranked> ranked, Rank(problem, num_sms));
-  return ranked.front().plan;
+ErrorOr<std::vector<Plan>> Rank(const Problem& p, int num_sms) {
+  for (int64_t size : {p.m, p.n, p.k, p.groups}) {
+    if (size < 1 || size > std::numeric_limits<int>::max()) {
+      return InvalidArgument("sizes must be between 1 and 2^31 - 1, got " + std::to_string(size));
+    }
+  }
+  if (p.groups > kMaxGroups) {
+    return InvalidArgument("groups: at most " + std::to_string(kMaxGroups) + ", got " +
+                           std::to_string(p.groups));
+  }
+  std::vector<Plan> ranked;
+  for (const Candidate& candidate : Candidates(p.mode)) {
+    Plan plan;
+    plan.config = Configure(p, candidate);
+    plan.estimate = Cost(p, plan.config, candidate.cycles, num_sms);
+    ranked.push_back(plan);
+  }
+  std::stable_sort(ranked.begin(), ranked.end(), [](const Plan& a, const Plan& b) {
+    return a.estimate.total_us() < b.estimate.total_us();
+  });
+  return ranked;
+}
+
+ErrorOr<Plan> Choose(const Problem& problem, int num_sms, std::string_view name) {
+  JAX_DS_ASSIGN_OR_RETURN(std::vector<Plan> ranked, Rank(problem, num_sms));
+  if (name.empty()) return ranked.front();
+  std::string known;
+  for (const Plan& plan : ranked) {
+    if (plan.Name() == name) return plan;
+    known += (known.empty() ? "" : "; ") + plan.Name();
+  }
+  return InvalidArgument("config: must be one of " + known + ", got " + std::string(name));
 }
 
 ErrorOr<std::string> Explain(const Problem& problem, int num_sms) {
-  JAX_DS_ASSIGN_OR_RETURN(std::vector<Ranked> ranked, Rank(problem, num_sms));
-  std::string text =
-      "tile     stages math multicast split CTAs/SM depth  tensor us  L2 us  DRAM us  total us\n";
-  for (const Ranked& r : ranked) {
-    const Config& c = r.plan.config;
-    const Estimate& e = r.plan.estimate;
+  JAX_DS_ASSIGN_OR_RETURN(std::vector<Plan> ranked, Rank(problem, num_sms));
+  size_t width = 0;
+  for (const Plan& plan : ranked) width = std::max(width, plan.Name().size());
+  auto pad = [&](std::string text) { return text + std::string(width - text.size(), ' '); };
+  std::string text = pad("configuration") +
+                     " stages shared KB threads clusters  tensor us   L2 us DRAM us total us\n";
+  for (const Plan& plan : ranked) {
+    const Config& c = plan.config;
+    const Estimate& e = plan.estimate;
     char line[160];
-    std::snprintf(line, sizeof(line), "%3dx%-4d %6d %4d %9d %5d %7d %5d %10.1f %6.1f %8.1f %9.1f\n",
-                  c.block_m, c.block_n, c.stages, c.math, c.multicast, c.split, c.per_sm, c.depth,
-                  e.tensor_us, e.l2_us, e.dram_us, r.total);
-    text += line;
+    std::snprintf(line, sizeof(line), " %6d %9d %7d %8lld %10.1f %7.1f %7.1f %8.1f\n", c.stages,
+                  SharedBytes(c) / 1024, c.threads(),
+                  static_cast<long long>(plan.Clusters(problem)), e.tensor_us, e.l2_us, e.dram_us,
+                  e.total_us());
+    text += pad(plan.Name()) + line;
   }
   return text;
 }

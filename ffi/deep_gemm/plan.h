@@ -33,6 +33,8 @@ struct Plan {
   Estimate estimate;
 
   jit::KernelSpec Spec() const;
+  // What tells it from the other candidates of its mode: "128x192,math=2,lhs=2,turns".
+  std::string Name() const;
   // Row tiles that are walked together: L2 should hold their lhs and the rhs they meet.
   int Band() const;
   // An upper bound on the clusters that have work.
@@ -42,10 +44,14 @@ struct Plan {
 ErrorOr<Mode> ParseMode(std::string_view name);
 ErrorOr<Output> ParseOutput(std::string_view name, bool accumulate);
 
-// The configuration of least estimated time on a GPU of `num_sms` multiprocessors.
-ErrorOr<Plan> Choose(const Problem& problem, int num_sms);
+// The configuration of least estimated time on a GPU of `num_sms` multiprocessors, or the candidate
+// of this name.
+ErrorOr<Plan> Choose(const Problem& problem, int num_sms, std::string_view name = "");
 
-// One line for each candidate, best first: what `deep_gemm.explain` prints.
+// All candidates, best first by the model.
+ErrorOr<std::vector<Plan>> Rank(const Problem& problem, int num_sms);
+
+// A table with a line for each of them: what `deep_gemm.explain` prints.
 ErrorOr<std::string> Explain(const Problem& problem, int num_sms);
 
 // Every kernel that Choose can name.

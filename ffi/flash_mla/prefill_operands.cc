@@ -1,6 +1,6 @@
 #include "flash_mla/prefill_operands.h"
 
-#include <algorithm>
+#include <string>
 
 #include "support/driver.h"
 

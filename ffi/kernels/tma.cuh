@@ -129,11 +129,12 @@ JAX_DS_DEVICE void tma_store_3d(const TensorMap* map, const void* shared, int x,
 }
 
 // Adds the tile to global memory, element by element.
-JAX_DS_DEVICE void tma_reduce_add_2d(const TensorMap* map, const void* shared, int x, int y) {
+JAX_DS_DEVICE void tma_reduce_add_3d(const TensorMap* map, const void* shared, int x, int y,
+                                     int z) {
   asm volatile(
-      "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%2, %3}], [%1];" ::
-          "l"(map),
-      "r"(shared_address(shared)), "r"(x), "r"(y)
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], "
+      "[%1];" ::"l"(map),
+      "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
 

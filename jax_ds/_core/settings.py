@@ -3,6 +3,7 @@
 | variable | meaning | default |
 | --- | --- | --- |
 | `JAX_DS_CACHE_DIR` | folder of compiled kernels | `jax_ds` in the user's cache folder |
+| `JAX_DS_GEMM_TUNING` | file that `deep_gemm.tune` wrote; the same on every process | none |
 | `JAX_DS_TIMEOUT_S` | longest wait of a communication kernel for a peer, seconds | 60 |
 """
 
@@ -20,6 +21,7 @@ class Settings:
 
     cache_dir: pathlib.Path
     timeout_s: float
+    gemm_tuning: pathlib.Path | None = None
 
 
 def read(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -35,4 +37,9 @@ def read(environment: Mapping[str, str] = os.environ) -> Settings:
         timeout_s = -1.0
     if not 0.0 < timeout_s < float("inf"):
         fail("JAX_DS_TIMEOUT_S", "must be a positive number of seconds", repr(text))
-    return Settings(cache_dir=pathlib.Path(cache_dir), timeout_s=timeout_s)
+    tuning = environment.get("JAX_DS_GEMM_TUNING")
+    return Settings(
+        cache_dir=pathlib.Path(cache_dir),
+        timeout_s=timeout_s,
+        gemm_tuning=pathlib.Path(tuning) if tuning else None,
+    )

@@ -14,6 +14,7 @@ from jax_ds.deep_gemm.linear import (
     fp8_grouped_linear,
     fp8_linear,
 )
+from jax_ds.deep_gemm.tune import tune
 
 __all__ = [
     "bf16_grouped_gemm",
@@ -26,4 +27,5 @@ __all__ = [
     "fp8_linear",
     "fp8_masked_gemm",
     "fp8_wgrad",
+    "tune",
 ]

@@ -5,6 +5,7 @@ from jax.typing import DTypeLike
 
 from jax_ds._core.checks import check, check_choice
 from jax_ds._runtime import native
+from jax_ds.deep_gemm import tuned
 
 _MODES = ("dense", "grouped", "masked", "wgrad")
 
@@ -35,18 +36,37 @@ def explain(
       num_sms: multiprocessors of the GPU; 132 on H100 SXM and H200.
 
     Returns:
-      A table: one line per candidate with its tile, stages, math warpgroups, CTAs sharing the
-      lhs tile by multicast, CTAs dividing K, CTAs per multiprocessor and blocks in flight.
+      A table: one line per candidate. Its name tells the tile, the math warpgroups, the CTAs that
+      share the lhs tile by multicast (lhs), those that divide K (split), the CTAs per
+      multiprocessor, the blocks in flight (depth) and whether warpgroups take turns; what is 1 or
+      off is left out. Then stages, shared memory, threads, clusters with work, and the times.
 
     Raises:
       ValueError: for sizes or names against these rules.
       RuntimeError: where the native module is missing.
     """
+    check(0 < num_sms < 2**31, "num_sms", "must be between 1 and 2^31 - 1", num_sms)
+    p = checked_problem(m, n, k, mode, groups, out_dtype)
+    table: str = native.module().explain_gemm(p.mode, p.output, p.m, p.n, p.k, p.groups, num_sms)
+    return table
+
+
+def checked_problem(
+    m: int,
+    n: int,
+    k: int,
+    mode: str,
+    groups: int,
+    out_dtype: DTypeLike,
+    accumulate: bool = False,
+) -> tuned.Problem:
+    """The problem these arguments of `explain` and `tune` name."""
     check_choice("mode", mode, _MODES)
+    check_choice("accumulate", accumulate, (False, True) if mode == "wgrad" else (False,))
     dtype = jnp.dtype(jnp.float32 if mode == "wgrad" else out_dtype)
     check_choice("out_dtype", dtype.name, ("bfloat16", "float32"))
-    for name, size in {"m": m, "n": n, "k": k, "groups": groups, "num_sms": num_sms}.items():
+    for name, size in {"m": m, "n": n, "k": k, "groups": groups}.items():
         check(0 < size < 2**31, name, "must be between 1 and 2^31 - 1", size)
     check(groups <= 512, "groups", "must be at most 512", groups)
-    table: str = native.module().explain_gemm(mode, dtype.name, m, n, k, groups, num_sms)
-    return table
+    check(mode != "dense" or groups == 1, "groups", "must be 1 for dense products", groups)
+    return tuned.Problem(mode, dtype.name, accumulate, m, n, k, groups)

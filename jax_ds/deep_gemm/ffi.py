@@ -7,6 +7,7 @@ The kernels take the contracted dimension in multiples of 16 and the result's co
 of 8; other sizes are padded with zeros here, which copies the operands.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_ds._runtime.call import ffi_call
+from jax_ds.deep_gemm import tuned
 from jax_ds.quantization import Quantized
 
 _TARGET = "jax_ds_gemm"
@@ -103,34 +105,44 @@ def _call(
     lhs = _padded(lhs, 1, per_row=True)
     rhs = _padded(rhs, _COLUMNS, per_row=mode == "wgrad")
     m, n, k = lhs.shape[-2], rhs.shape[-2], lhs.shape[-1]
+    groups = 1 if group_sizes is None else group_sizes.shape[0]
+    problem = tuned.Problem(mode, dtype.name, accumulate is not None, m, n, k, groups)
+    if accumulate is not None:
+        accumulate = _pad(accumulate, {-1: n})
+    config = tuned.configuration(problem)
+    shape = (*shape[:-1], n)
+    out = launch(problem, config, lhs, rhs, group_sizes, accumulate, shape, zero_tail)
+    return out[..., :columns]
+
+
+def launch(
+    problem: tuned.Problem,
+    config: str,
+    lhs: Quantized,
+    rhs: Quantized,
+    group_sizes: Int[Array, "G"] | None,
+    accumulate: Float[Array, "..."] | None,
+    shape: tuple[int, ...],
+    zero_tail: bool = True,
+) -> Array:
+    """The custom call; `config` names a configuration, empty for the model's choice."""
     operands: list[Any] = [lhs.values, lhs.scales, rhs.values, rhs.scales]
     layouts: list[Any] = [None, _column_major(lhs.ndim), None, None]
-    if mode == "wgrad":
+    if problem.mode == "wgrad":
         layouts[3] = _column_major(rhs.ndim)
-    if group_sizes is not None:
-        operands.append(group_sizes)
-        layouts.append(None)
-    if accumulate is not None:
-        operands.append(_pad(accumulate, {-1: n}))
-        layouts.append(None)
+    for operand in (group_sizes, accumulate):
+        if operand is not None:
+            operands.append(operand)
+            layouts.append(None)
     (out,) = ffi_call(
         _TARGET,
-        [jax.ShapeDtypeStruct((*shape[:-1], n), dtype)],
+        [jax.ShapeDtypeStruct(shape, problem.output)],
         *operands,
-        attributes={
-            "mode": mode,
-            "output": dtype.name,
-            "m": m,
-            "n": n,
-            "k": k,
-            "groups": 1 if group_sizes is None else group_sizes.shape[0],
-            "accumulate": accumulate is not None,
-            "zero_tail": zero_tail,
-        },
+        attributes={**dataclasses.asdict(problem), "zero_tail": zero_tail, "config": config},
         input_layouts=layouts,
         aliases=None if accumulate is None else {len(operands) - 1: 0},
     )
-    return out[..., :columns]
+    return jnp.asarray(out)
 
 
 def _padded(q: Quantized, rows: int, *, per_row: bool) -> Quantized:

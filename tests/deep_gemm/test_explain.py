@@ -9,7 +9,7 @@ def test_tells_the_choice_and_its_rivals() -> None:
     few, many = deep_gemm.explain(64, 2112, 7168), deep_gemm.explain(8192, 8192, 8192)
     for table in (few, many):
         head, *lines = table.splitlines()
-        assert head.split()[0] == "tile" and "total us" in head
+        assert head.split()[0] == "configuration" and "total us" in head
         totals = [float(line.split()[-1]) for line in lines]
         assert totals == sorted(totals) and len(totals) > 2
     assert few.splitlines()[1].split()[0].startswith("64x")

@@ -31,11 +31,9 @@ void Launchable(const Plan& plan, const std::set<std::string>& entries) {
   CHECK(SharedBytes(c) <= (c.per_sm == 1 ? 232448 : 115712));
   CHECK(c.stages > c.depth && c.stages <= 8);
   CHECK(c.block_m % (64 * c.math) == 0 && c.waves() <= 2);
-  CHECK(c.block_m / c.multicast * kBlockK % 1024 == 0);
+  CHECK(c.block_m / c.multicast % 8 == 0);
   CHECK(c.cluster() <= 8 && c.threads() <= 512);
-  CHECK(c.mode == kWgrad || c.block_n <= 128 + ScaleUnit(c));
-  // No group may end inside the tile whose other way out would not fit its registers.
-  CHECK(c.waves() == 1 || c.mode == kDense);
+  CHECK(ScaleBlocks(c) <= 3);
   CHECK(plan.Band() >= 1 && plan.estimate.total_us() > 0);
 }
 
@@ -73,6 +71,23 @@ void Rules() {
   CHECK(text.has_value() && text->find("64x64") != std::string::npos);
 }
 
+// A name finds its candidate, and no two candidates of a mode share one.
+void Names() {
+  for (Mode mode : {kDense, kGrouped, kMasked, kWgrad}) {
+    const Problem problem = {mode, mode == kWgrad ? kFloat32 : kBfloat16, 300, 512, 1024, 2};
+    std::set<std::string> names;
+    const auto ranked = Rank(problem, kSms);
+    CHECK(ranked.has_value());
+    for (const Plan& plan : *ranked) {
+      names.insert(plan.Name());
+      const auto named = Choose(problem, kSms, plan.Name());
+      CHECK(named.has_value() && named->Spec() == plan.Spec());
+    }
+    CHECK_EQ(names.size(), ranked->size());
+    CHECK(Choose(problem, kSms, "3x5").has_error());
+  }
+}
+
 // Every row tile of every group, however the rows divide.
 void Bounds() {
   const Problem grouped = {kGrouped, kBfloat16, 1000, 192, 256, 10};
@@ -95,6 +110,7 @@ void Errors() {
 int main() {
   EveryChoice();
   Rules();
+  Names();
   Bounds();
   Errors();
   return jax_ds::testing::failures;

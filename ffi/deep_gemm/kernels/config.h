@@ -33,7 +33,7 @@ struct Config {
   constexpr int waves() const { return block_m / (64 * math); }
   constexpr int cluster() const { return multicast * split; }
   constexpr int math_threads() const { return 128 * math; }
-  // Registers move from the producer to the math warpgroups where there are several; that takes a
+  // Registers move from the producers to the math warpgroups where there are two; that takes a
   // whole warpgroup of producers.
   constexpr bool moves_registers() const { return math > 1 && per_sm == 1; }
   constexpr int threads() const { return math_threads() + (moves_registers() ? 128 : 64); }
@@ -45,7 +45,7 @@ constexpr int kMaxGroups = 512;
 struct Params {
   TensorMap lhs;            // e4m3 [rows, K], box [block_m / multicast, 128]
   TensorMap rhs;            // e4m3 [rhs rows, K], box [block_n, 128]
-  TensorMap out;            // [out rows, N], box of 16 rows x 128 bytes
+  TensorMap out;            // [matrices, M, N], box of 1 x 16 rows x 128 bytes
   const float* lhs_scales;  // [K / 128, M], masked [G, K / 128, M]: columns contiguous
   const float* rhs_scales;  // [G, N / 128, K / 128]; wgrad: [T / 128, N]
   const int* group_sizes;   // [G]; unused when dense
@@ -71,7 +71,10 @@ constexpr int ScaleUnit(const Config& c) {
 }
 
 // Floats of one stage's scales of rhs: a row of the tile each, or the (at most two) 128-blocks.
-constexpr int RhsScaleSlots(const Config& c) { return c.mode == kWgrad ? c.block_n : 4; }
+// Those of a row of the tile each: what a lane needs lies together, four lanes' shares in different
+// banks.
+constexpr int ScaleLane(const Config& c) { return c.block_n / 4 + 4; }
+constexpr int RhsScaleSlots(const Config& c) { return c.mode == kWgrad ? 4 * ScaleLane(c) : 4; }
 
 // Bytes of the buffer in which a CTA receives the other splits' parts of its share of the tile.
 constexpr int ReduceBytes(const Config& c) {
@@ -86,9 +89,13 @@ constexpr int OutputBytes(const Config& c) { return c.output == kBfloat16 ? 2 : 
 constexpr int StagingBuffers(const Config& c) {
   return c.split > 1 ? 0 : c.block_m * c.block_n == 128 * 128 ? 2 : 1;
 }
-// TMA takes them where the tile is made of whole ones.
-constexpr bool StoresByTma(const Config& c) {
-  return c.split == 1 && c.block_n * OutputBytes(c) % 128 == 0;
+// The shares of split tiles are not wide enough for that.
+constexpr bool StoresByTma(const Config& c) { return c.split == 1; }
+
+// The 128-blocks of columns that a tile may touch.
+constexpr int ScaleBlocks(const Config& c) {
+  if (128 % c.block_n == 0) return 1;
+  return (c.block_n - ScaleUnit(c) + 127) / 128 + 1;
 }
 
 // Dynamic shared memory of a launch.

@@ -7,33 +7,33 @@
 
 namespace jax_ds::deep_gemm {
 
-// Where one warp's part of a tile lies: 16 rows from `row`, columns from `col`.
+// Where one warp's part of a tile lies: 16 rows of an output matrix from `row`, columns from `col`.
 struct WarpTile {
+  int matrix;
   int row;
   int row_end;
   int col;
-  int n;
 };
 
 // Straight from the registers: four lanes fill 32 bytes of float32, a whole sector, or 16 of bf16.
-template <int kOutput, int kColumns>
-JAX_DS_DEVICE void store_registers(const float* total, const WarpTile& t, void* out) {
+template <int kOutput, int kSize>
+JAX_DS_DEVICE void store_registers(const Params& p, const float (&total)[kSize],
+                                   const WarpTile& t) {
+  static_assert(kOutput != kFloat32Add);
   const int row = t.row + lane_id() / 4;
   const int col = t.col + lane_id() % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (row + 8 * half >= t.row_end) continue;
-    const i64 line = static_cast<i64>(row + 8 * half) * t.n + col;
+    const i64 line = (static_cast<i64>(t.matrix) * p.m + row + 8 * half) * p.n + col;
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      if (col + 8 * j >= t.n) continue;
+    for (int j = 0; j < kSize / 4; ++j) {
+      if (col + 8 * j >= p.n) continue;
       const float a = total[4 * j + 2 * half], b = total[4 * j + 2 * half + 1];
       if constexpr (kOutput == kBfloat16) {
-        st_global_b32(static_cast<u16*>(out) + line + 8 * j, cvt_bf16x2(a, b));
-      } else if constexpr (kOutput == kFloat32) {
-        st_global_v2_f32(static_cast<float*>(out) + line + 8 * j, a, b);
+        st_global_b32(static_cast<u16*>(p.out_data) + line + 8 * j, cvt_bf16x2(a, b));
       } else {
-        red_global_add_v2_f32(static_cast<float*>(out) + line + 8 * j, a, b);
+        st_global_v2_f32(static_cast<float*>(p.out_data) + line + 8 * j, a, b);
       }
     }
   }
@@ -50,19 +50,24 @@ class Staging {
 
   JAX_DS_DEVICE explicit Staging(u8* memory) : base_(memory) {}
 
-  // `total`: this thread's elements of the tile, from column `first` of it on.
-  JAX_DS_DEVICE void store(const Params& p, const float* total, int row, int col) {
+  // Of this thread's elements `total` those of kColumns columns from kFirst on.
+  template <int kFirst, int kColumns, int kSize>
+  JAX_DS_DEVICE void store(const Params& p, const float (&total)[kSize], const WarpTile& t) {
     if (lane_id() == 0) bulk_wait_group_read<kBuffers - 1>();
     __syncwarp();
     u8* const buffer = base_ + next_ * kStagingBytes;
-    write(shared_address(buffer), total);
-    fence_proxy_async_shared();
+    write<kFirst, kColumns>(shared_address(buffer), total);
+    // TMA clips at the end of a matrix, but knows nothing of groups inside one.
+    const bool whole = kColumns == kWidth && (kConfig.mode != kGrouped || t.row + 16 <= t.row_end);
+    if (whole) fence_proxy_async_shared();
     __syncwarp();
+    if (!whole) copy_rows<kColumns>(p, shared_address(buffer), t, t.col + kFirst);
     if (lane_id() == 0) {
       if constexpr (kConfig.output == kFloat32Add) {
-        tma_reduce_add_2d(&p.out, buffer, col, row);
-      } else {
-        tma_store_2d(&p.out, buffer, col, row);
+        static_assert(kColumns == kWidth && kConfig.mode != kGrouped);
+        tma_reduce_add_3d(&p.out, buffer, t.col + kFirst, t.row, t.matrix);
+      } else if (whole) {
+        tma_store_3d(&p.out, buffer, t.col + kFirst, t.row, t.matrix);
       }
       bulk_commit_group();
     }
@@ -74,25 +79,46 @@ class Staging {
   }
 
  private:
-  JAX_DS_DEVICE static void write(u32 buffer, const float* d) {
+  template <int kFirst, int kColumns, int kSize>
+  JAX_DS_DEVICE static void write(u32 buffer, const float (&d)[kSize]) {
     const u32 lane = lane_id();
     if constexpr (kConfig.output == kBfloat16) {
       // Matrix m of stmatrix: rows 8 (m % 2) on, the (m / 2)-th half of a strip of 16 columns.
       const u32 matrix = lane / 8, row = lane % 8 + 8 * (matrix % 2);
 #pragma unroll
-      for (int strip = 0; strip < 4; ++strip, d += 8) {
+      for (int strip = 0; strip < kColumns / 16; ++strip) {
         const u32 unit = 2 * strip + matrix / 2;
-        stmatrix_x4(buffer + row * 128 + ((unit ^ row % 8) << 4), cvt_bf16x2(d[0], d[1]),
-                    cvt_bf16x2(d[2], d[3]), cvt_bf16x2(d[4], d[5]), cvt_bf16x2(d[6], d[7]));
+        const int i = kFirst / 2 + 8 * strip;
+        stmatrix_x4(buffer + row * 128 + ((unit ^ row % 8) << 4), cvt_bf16x2(d[i], d[i + 1]),
+                    cvt_bf16x2(d[i + 2], d[i + 3]), cvt_bf16x2(d[i + 4], d[i + 5]),
+                    cvt_bf16x2(d[i + 6], d[i + 7]));
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < 4; ++j, d += 4) {
+      for (int j = 0; j < kColumns / 8; ++j) {
         const u32 row = lane / 4, unit = 2 * j + lane % 4 / 2, half = lane % 2 * 8;
         const u32 place = buffer + row * 128 + ((unit ^ row) << 4) + half;
-        st_shared_v2_f32(place, d[0], d[1]);
-        st_shared_v2_f32(place + 8 * 128, d[2], d[3]);
+        const int i = kFirst / 2 + 4 * j;
+        st_shared_v2_f32(place, d[i], d[i + 1]);
+        st_shared_v2_f32(place + 8 * 128, d[i + 2], d[i + 3]);
       }
+    }
+  }
+
+  // The rows before the end, eight lanes each.
+  template <int kColumns>
+  JAX_DS_DEVICE static void copy_rows(const Params& p, u32 buffer, const WarpTile& t, int col) {
+    constexpr int kUnit = 16 / OutputBytes(kConfig);
+    const int unit = lane_id() % 8;
+    col += unit * kUnit;
+    if (unit >= kColumns / kUnit || col >= p.n) return;
+#pragma unroll
+    for (int row = lane_id() / 8; row < 16; row += 4) {
+      if (t.row + row >= t.row_end) return;
+      const i64 line = static_cast<i64>(t.matrix) * p.m + t.row + row;
+      const i64 place = (line * p.n + col) * OutputBytes(kConfig);
+      st_global_v4(static_cast<u8*>(p.out_data) + place,
+                   ld_shared_v4(buffer + row * 128 + ((unit ^ row % 8) << 4)));
     }
   }
 
@@ -100,18 +126,17 @@ class Staging {
   u32 next_ = 0;
 };
 
-template <Config kConfig, int kColumns>
-JAX_DS_DEVICE void store_tile(const Params& p, const float* total, const WarpTile& t,
+// kFirst and what follows of the tile's columns.
+template <Config kConfig, int kFirst = 0, int kSize>
+JAX_DS_DEVICE void store_tile(const Params& p, const float (&total)[kSize], const WarpTile& t,
                               Staging<kConfig>& staging) {
-  // TMA clips at the end of the output, but knows nothing of groups.
-  if (StoresByTma(kConfig) && (kConfig.mode == kDense || t.row + 16 <= t.row_end)) {
-    constexpr int kWidth = Staging<kConfig>::kWidth;
-#pragma unroll
-    for (int col = 0; col < kColumns; col += kWidth) {
-      staging.store(p, total + col / 2, t.row, t.col + col);
-    }
-  } else {
-    store_registers<kConfig.output, kColumns>(total, t, p.out_data);
+  constexpr int kLeft = 2 * kSize - kFirst, kWidth = Staging<kConfig>::kWidth;
+  if constexpr (!StoresByTma(kConfig)) {
+    store_registers<kConfig.output>(p, total, t);
+  } else if constexpr (kLeft > 0) {
+    constexpr int kColumns = kLeft < kWidth ? kLeft : kWidth;
+    staging.template store<kFirst, kColumns>(p, total, t);
+    store_tile<kConfig, kFirst + kColumns>(p, total, t, staging);
   }
 }
 

@@ -9,13 +9,14 @@ namespace jax_ds::deep_gemm {
 // One output tile.
 struct Tile {
   int group;
-  int lhs_row;    // first row of lhs
-  int out_row;    // first row of the output
-  int out_end;    // first row that is not to be stored
-  int valid_end;  // masked: rows from here to out_end are stored as zero
-  int col;        // first column of the tile
-  int k_begin;    // first of its 128-blocks of K (wgrad: of the tokens)
-  int k_blocks;   // 0: the tile is zero
+  int matrix;    // of the output; grouped rows are those of one
+  int lhs_row;   // first row of lhs
+  int out_row;   // first row of the output matrix
+  int out_end;   // first row that is not to be stored
+  int rows;      // valid ones, from out_row on; masked: the others are stored as zero
+  int col;       // first column of the tile
+  int k_begin;   // first of its 128-blocks of K (wgrad: of the tokens)
+  int k_blocks;  // 0: the tile is zero
 };
 
 // Sums `values` over the warp, inclusively.
@@ -67,10 +68,9 @@ class Schedule {
     // Groups follow one another; `first_` is the index of the current group's first tile.
     while (true) {
       const int rows = group_rows();
-      const int row_tiles = (rows + kConfig.block_m - 1) / kConfig.block_m;
-      const int tiles = row_tiles * columns_;
+      const int tiles = (rows + kConfig.block_m - 1) / kConfig.block_m * columns_;
       if (index_ < first_ + tiles) {
-        place(tile, index_ - first_, rows, row_tiles);
+        place(tile, index_ - first_, rows);
         index_ += step_;
         return true;
       }
@@ -80,7 +80,7 @@ class Schedule {
   }
 
  private:
-  static constexpr int kColumns = kConfig.block_n * kConfig.multicast;
+  static constexpr int kColumns = kConfig.block_n * kConfig.multicast;  // of a cluster
 
   // Grouped rows past the last group form one more group, without K.
   JAX_DS_DEVICE int num_groups() const {
@@ -97,33 +97,33 @@ class Schedule {
     return p_.m;
   }
 
-  JAX_DS_DEVICE void place(Tile& tile, int index, int rows, int row_tiles) const {
-    // Bands of `band` row tiles; inside a band column after column.
-    const int band = index / (p_.band * columns_);
-    const int inside = index - band * p_.band * columns_;
-    const int band_rows = min(p_.band, row_tiles - band * p_.band);
-    const int column = inside / band_rows;
-    const int row = (band * p_.band + inside - column * band_rows) * kConfig.block_m;
+  JAX_DS_DEVICE void place(Tile& tile, int index, int rows) const {
+    // Bands of `band` row tiles; inside a band column after column. A tile that ends early is a
+    // band of its own: among others it would always fall to the same CTAs.
+    const int whole = rows / kConfig.block_m, first = index / (p_.band * columns_) * p_.band;
+    const int band = max(1, min(p_.band, whole - first));
+    const bool last = index >= whole * columns_;
+    const int inside = index - (last ? whole : first) * columns_;
+    const int column = last ? inside : inside / band;
+    const int row = (last ? whole : first + inside - column * band) * kConfig.block_m;
 
     int k_blocks = (p_.k + kBlockK - 1) / kBlockK;
     int k_begin = 0;
-    int base = 0;
+    const int base = kConfig.mode == kGrouped ? group_begin() : 0;
     if constexpr (kConfig.mode == kGrouped) {
-      base = group_begin();
       if (group_ >= p_.num_groups) k_blocks = 0;
     } else if constexpr (kConfig.mode == kMasked) {
-      base = group_ * p_.m;
       if (row >= ends_[group_]) k_blocks = 0;
-      tile.valid_end = base + ends_[group_];
     } else if constexpr (kConfig.mode == kWgrad) {
-      base = group_ * p_.m;
       k_begin = group_begin();
       k_blocks = ends_[group_] - k_begin;
     }
     tile.group = group_;
+    tile.matrix = kConfig.mode == kMasked || kConfig.mode == kWgrad ? group_ : 0;
     tile.out_row = base + row;
     tile.out_end = base + rows;
-    tile.lhs_row = kConfig.mode == kWgrad ? row : tile.out_row;
+    tile.rows = (kConfig.mode == kMasked ? ends_[group_] : tile.out_end) - tile.out_row;
+    tile.lhs_row = kConfig.mode == kMasked ? group_ * p_.m + row : tile.out_row;
     tile.col = column * kColumns + rank_ % kConfig.multicast * kConfig.block_n;
     if constexpr (kConfig.split > 1) {
       const int part = rank_ / kConfig.multicast;

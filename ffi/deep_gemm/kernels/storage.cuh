@@ -14,7 +14,7 @@ struct Storage {
             [StagingBuffers(kConfig) > 0 ? StagingBuffers(kConfig) * kStagingBytes : 16];
   float4 reduce[ReduceBytes(kConfig) > 0 ? ReduceBytes(kConfig) / 16 : 1];
   float lhs_scales[kConfig.stages][kConfig.block_m];
-  float rhs_scales[kConfig.stages][RhsScaleSlots(kConfig)];
+  alignas(16) float rhs_scales[kConfig.stages][RhsScaleSlots(kConfig)];
   int group_ends[kConfig.mode == kDense ? 4 : kMaxGroups];
   PipelineBarriers<kConfig.stages> ring;
   PipelineBarriers<1> reduced;  // the reduce buffer, filled by the other splits
@@ -25,13 +25,15 @@ constexpr bool legal() {
   constexpr Config c = kConfig;
   static_assert(c.block_m % (64 * c.math) == 0 && c.waves() <= 2, "64 or 128 rows a warpgroup");
   static_assert(c.block_n % 16 == 0 && c.block_n * kBlockK % 1024 == 0, "swizzle atoms");
-  static_assert(c.block_m / c.multicast * kBlockK % 1024 == 0, "parts of the lhs tile");
+  static_assert(c.block_m / c.multicast % 8 == 0, "parts of the lhs tile");
   static_assert(c.cluster() <= 8, "portable clusters");
-  static_assert(c.mode == kWgrad || c.block_n <= 128 + ScaleUnit(c), "at most two scales of rhs");
-  static_assert(c.split == 1 || (c.waves() == 1 && c.block_n / c.split % 16 == 0), "whole strips");
-  static_assert(c.split == 1 || c.mode == kDense || c.mode == kGrouped || c.mode == kMasked);
+  static_assert(ScaleBlocks(c) <= 3, "scales of rhs");
+  static_assert(
+      c.split == 1 || (c.waves() == 1 && c.mode != kMasked && c.block_n / c.split % 16 == 0),
+      "whole strips");
   static_assert(c.depth == 1 || (c.depth == 2 && c.waves() == 1 && c.stages > 2), "registers");
-  static_assert(c.turns == 0 || c.math > 1, "turns are taken by several");
+  static_assert(c.math <= 2 && (c.math == 1 || c.per_sm == 1), "registers");
+  static_assert(c.turns == 0 || (c.math > 1 && c.waves() == 1), "turns are taken by several");
   static_assert(sizeof(Storage<c>) <= SharedBytes(c), "SharedBytes counts the storage");
   return true;
 }
