@@ -29,7 +29,8 @@ CPP_ARROWS = {
     "jit": {"support", "kernels"},
     "comm": {"jit", "support", "kernels"},
     "kernels": set(),
-    **{system: {"comm", "jit", "support", "kernels"} for system in SYSTEMS},
+    # As in Python, all three systems may quantize.
+    **{system: {"quantization", "comm", "jit", "support", "kernels"} for system in SYSTEMS},
     "module.cc": {*SYSTEMS, "comm", "jit", "support"},
 }
 

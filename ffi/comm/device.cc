@@ -96,6 +96,11 @@ std::string Describe(const Failure& failure) {
   if (failure.fault == static_cast<int>(Fault::kRankMismatch)) {
     return where + "NCCL numbers this rank " + peer + ", the mesh does not; report it";
   }
+  if (failure.fault == static_cast<int>(Fault::kNoSlot)) {
+    return where +
+           "earlier rounds of this channel are started and not finished; finish one before " +
+           "the next _start, or give it another channel. Restart all ranks";
+  }
   return where + "waited in vain for rank " + peer + " (JAX_DS_TIMEOUT_S); did it stop, or make " +
          "other calls than this rank? Restart all ranks";
 }

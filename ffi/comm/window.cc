@@ -46,8 +46,16 @@ struct Allocation {
 };
 
 Error Zero(const Driver& driver, void* memory, size_t bytes) {
-  JAX_DS_RETURN_IF_ERROR(driver.Check(
-      driver.cuMemsetD8(reinterpret_cast<cuda::DevicePtr>(memory), 0, bytes), "cuMemsetD8"));
+  return driver.Check(driver.cuMemsetD8(reinterpret_cast<cuda::DevicePtr>(memory), 0, bytes),
+                      "cuMemsetD8");
+}
+
+// Zeroes the signals of every slot.
+Error ZeroSignals(const Driver& driver, void* window, const Link& link) {
+  for (int slot = 0; slot < link.num_slots; ++slot) {
+    JAX_DS_RETURN_IF_ERROR(
+        Zero(driver, static_cast<char*>(window) + slot * link.slot_bytes, kStagingOffset));
+  }
   // Peers may signal as soon as the registration returns there.
   return driver.Check(driver.cuCtxSynchronize(), "cuCtxSynchronize");
 }
@@ -77,18 +85,22 @@ ErrorOr<bool> Agree(const Driver& driver, const Nccl& nccl, NcclComm communicato
 
 std::string Size(int64_t bytes) { return std::to_string((bytes >> 20) + 1) + " MiB"; }
 
-Error Alone(const Driver& driver, size_t bytes, Link* link) {
+size_t WindowBytes(const Link& link) { return link.num_slots * link.slot_bytes; }
+
+Error Alone(const Driver& driver, Link* link) {
   Allocation window{&driver, nullptr};
   cuda::DevicePtr memory = 0;
-  JAX_DS_RETURN_IF_ERROR(driver.Check(driver.cuMemAlloc(&memory, bytes), "cuMemAlloc"));
+  JAX_DS_RETURN_IF_ERROR(
+      driver.Check(driver.cuMemAlloc(&memory, WindowBytes(*link)), "cuMemAlloc"));
   window.memory = reinterpret_cast<void*>(memory);
-  JAX_DS_RETURN_IF_ERROR(Zero(driver, window.memory, kStagingOffset));
+  JAX_DS_RETURN_IF_ERROR(ZeroSignals(driver, window.memory, *link));
   link->windows[0] = static_cast<char*>(window.Keep());
   return Error::Success();
 }
 
 // `flag` is a word of device memory.
-Error Together(const Driver& driver, NcclComm communicator, size_t bytes, int* flag, Link* link) {
+Error Together(const Driver& driver, NcclComm communicator, int* flag, Link* link) {
+  const size_t bytes = WindowBytes(*link);
   JAX_DS_ASSIGN_OR_RETURN(const Nccl* nccl, Nccl::Get());
   int count = 0;
   JAX_DS_RETURN_IF_ERROR(
@@ -100,7 +112,7 @@ Error Together(const Driver& driver, NcclComm communicator, size_t bytes, int* f
   }
   Allocation window{&driver, nccl};
   Error allocated = nccl->Check(nccl->ncclMemAlloc(&window.memory, bytes), "ncclMemAlloc");
-  if (allocated.success()) allocated = Zero(driver, window.memory, kStagingOffset);
+  if (allocated.success()) allocated = ZeroSignals(driver, window.memory, *link);
   JAX_DS_ASSIGN_OR_RETURN(bool all, Agree(driver, *nccl, communicator, flag, allocated.success()));
   if (!all) {
     return Internal("a rank could not allocate its " + Size(bytes) + " symmetric buffer: " +
@@ -139,18 +151,20 @@ ErrorOr<std::unique_ptr<const Link>> MakeWindow(const WindowKey& key, int num_ra
   link->timeout_ns = static_cast<unsigned long long>(Timeout().count());
   link->operation = key.operation;
   link->num_ranks = num_ranks;
-  const size_t bytes = kStagingOffset + key.bytes;
+  link->num_slots = NumSlots(key.operation);
+  link->slot_bytes = kStagingOffset + key.bytes;
   Error status = driver->WithContext(key.ordinal, [&]() -> Error {
-    Allocation progress{driver, nullptr};
+    Allocation counters{driver, nullptr};
     cuda::DevicePtr memory = 0;
     JAX_DS_RETURN_IF_ERROR(driver->Check(driver->cuMemAlloc(&memory, 256), "cuMemAlloc"));
-    progress.memory = reinterpret_cast<void*>(memory);
-    JAX_DS_RETURN_IF_ERROR(key.communicator == nullptr
-                               ? Alone(*driver, bytes, link.get())
-                               : Together(*driver, key.communicator, bytes,
-                                          static_cast<int*>(progress.memory), link.get()));
-    JAX_DS_RETURN_IF_ERROR(Zero(*driver, progress.memory, sizeof(Progress)));
-    link->progress = static_cast<Progress*>(progress.Keep());
+    counters.memory = reinterpret_cast<void*>(memory);
+    JAX_DS_RETURN_IF_ERROR(
+        key.communicator == nullptr
+            ? Alone(*driver, link.get())
+            : Together(*driver, key.communicator, static_cast<int*>(counters.memory), link.get()));
+    JAX_DS_RETURN_IF_ERROR(Zero(*driver, counters.memory, sizeof(Counters)));
+    JAX_DS_RETURN_IF_ERROR(driver->Check(driver->cuCtxSynchronize(), "cuCtxSynchronize"));
+    link->counters = static_cast<Counters*>(counters.Keep());
     return Error::Success();
   });
   if (status.failure()) return status;
@@ -159,11 +173,17 @@ ErrorOr<std::unique_ptr<const Link>> MakeWindow(const WindowKey& key, int num_ra
 
 }  // namespace
 
+int NumSlots(Operation operation) {
+  const bool low_latency =
+      operation == Operation::kLowLatencyDispatch || operation == Operation::kLowLatencyCombine;
+  return low_latency ? 2 : 1;
+}
+
 int64_t SizeClass(int64_t bytes) {
-  int64_t unit = 1 << 20;
-  while (7 * unit < bytes) unit *= 2;
+  int64_t unit = 1 << 19;
+  while (15 * unit < bytes) unit *= 2;
   const int64_t units = (bytes + unit - 1) / unit;
-  return (units < 4 ? 4 : units) * unit;
+  return (units < 8 ? 8 : units) * unit;
 }
 
 ErrorOr<const Link*> GetWindow(const WindowKey& key, int num_ranks) {

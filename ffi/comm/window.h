@@ -16,10 +16,13 @@ struct WindowKey {
   int ordinal;
   int64_t channel;
   Operation operation;
-  int64_t bytes;  // of the staging, as SizeClass rounds them
+  int64_t bytes;  // of the staging of one slot, as SizeClass rounds them
 };
 
-// The staging's size, rounded up to 4, 5, 6 or 7 times a power of two: wastes at most a quarter.
+// Slots of an operation's windows: two that take turns for low latency, one where memory counts.
+int NumSlots(Operation operation);
+
+// The staging's size, rounded up to 8 to 15 times a power of two: wastes at most an eighth.
 int64_t SizeClass(int64_t bytes);
 
 // The window of `key`, allocated and registered when first asked for. Then all ranks of the

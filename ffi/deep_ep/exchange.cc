@@ -8,23 +8,24 @@
 
 namespace jax_ds::deep_ep {
 
-ErrorOr<std::unique_ptr<Exchange>> Exchange::Make(comm::Operation operation,
-                                                  xla::ffi::Span<const int64_t> groups,
-                                                  int64_t num_ranks, int64_t channel,
-                                                  int64_t num_tokens, int64_t num_sms,
-                                                  const Record& record, jit::KernelSpec spec) {
-  JAX_DS_ASSIGN_OR_RETURN(comm::Groups cliques, comm::Groups::Make(groups, num_ranks));
-  if (num_tokens < 1 || num_tokens > std::numeric_limits<int>::max() / num_ranks) {
+ErrorOr<std::unique_ptr<Exchange>> Exchange::Make(const ExchangeConfig& config) {
+  JAX_DS_ASSIGN_OR_RETURN(comm::Groups groups, comm::Groups::Make(config.groups, config.num_ranks));
+  const int64_t num_tokens = config.num_tokens;
+  if (num_tokens < 1 || num_tokens > std::numeric_limits<int>::max() / config.num_ranks) {
     return InvalidArgument("num_tokens: must be at least 1 and below 2**31 on all ranks, got " +
                            std::to_string(num_tokens));
   }
-  std::unique_ptr<Exchange> exchange(new Exchange(std::move(cliques)));
-  exchange->operation_ = operation;
-  exchange->channel_ = channel;
+  std::unique_ptr<Exchange> exchange(new Exchange(std::move(groups)));
+  exchange->operation_ = config.operation;
+  exchange->channel_ = config.channel;
   exchange->num_tokens_ = num_tokens;
-  exchange->record_ = record;
-  JAX_DS_ASSIGN_OR_RETURN(exchange->grid_, Grid(num_sms));
-  JAX_DS_ASSIGN_OR_RETURN(exchange->kernel_, jit::GetKernel(spec));
+  exchange->note_words_ = config.note_words;
+  exchange->low_latency_ = config.low_latency;
+  exchange->record_ = config.record;
+  exchange->staging_bytes_ =
+      StagingBytes(config.record, config.note_words, config.num_ranks, num_tokens);
+  JAX_DS_ASSIGN_OR_RETURN(exchange->grid_, Grid(config.num_sms));
+  JAX_DS_ASSIGN_OR_RETURN(exchange->kernel_, jit::GetKernel(config.spec));
   return exchange;
 }
 
@@ -40,7 +41,7 @@ Error Exchange::Initialize(int ordinal, comm::CommunicatorContext& context) {
   JAX_DS_RETURN_IF_ERROR(comm::CheckDevice(*record));
   JAX_DS_RETURN_IF_ERROR(kernel_->Load(ordinal));
   JAX_DS_ASSIGN_OR_RETURN(comm::NcclComm communicator, groups_.Get(context));
-  const int64_t bytes = comm::SizeClass(StagingBytes(record_, num_ranks(), num_tokens_));
+  const int64_t bytes = comm::SizeClass(staging_bytes_);
   JAX_DS_ASSIGN_OR_RETURN(const comm::Link* link,
                           comm::GetWindow({communicator, ordinal, channel_, operation_, bytes},
                                           static_cast<int>(num_ranks())));
@@ -54,6 +55,15 @@ ErrorOr<const comm::Link*> Exchange::link(int ordinal) const {
                                : nullptr;
   if (link == nullptr) return Internal("Execute ran before Initialize");
   return link;
+}
+
+Error CheckTokens(const char* name, const xla::ffi::AnyBuffer& buffer, const Record& record,
+                  int64_t count) {
+  const int64_t payload = record.vectors * int64_t{16};
+  if (static_cast<int64_t>(buffer.size_bytes()) == count * payload) return Error::Success();
+  return InvalidArgument(std::string(name) + ": must be " + std::to_string(count) + " tokens of " +
+                         std::to_string(payload) + " bytes, got " +
+                         std::to_string(buffer.size_bytes()) + " bytes");
 }
 
 }  // namespace jax_ds::deep_ep

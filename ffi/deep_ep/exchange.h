@@ -14,14 +14,21 @@
 
 namespace jax_ds::deep_ep {
 
+// The attributes of a call, and what its plan makes of them.
+struct ExchangeConfig {
+  comm::Operation operation;
+  xla::ffi::Span<const int64_t> groups;
+  int64_t num_ranks, channel, num_tokens, num_sms;
+  Record record;
+  int64_t note_words;  // of each token, ahead of its record
+  jit::KernelSpec spec;
+  LowLatencySizes low_latency = {};  // of the low-latency calls
+};
+
 // Made by Instantiate, shared by all local devices of a program.
 class Exchange {
  public:
-  static ErrorOr<std::unique_ptr<Exchange>> Make(comm::Operation operation,
-                                                 xla::ffi::Span<const int64_t> groups,
-                                                 int64_t num_ranks, int64_t channel,
-                                                 int64_t num_tokens, int64_t num_sms,
-                                                 const Record& record, jit::KernelSpec spec);
+  static ErrorOr<std::unique_ptr<Exchange>> Make(const ExchangeConfig& config);
 
   Error Prepare(comm::CommunicatorContext& context) const;
 
@@ -37,6 +44,8 @@ class Exchange {
   int64_t num_ranks() const { return groups_.num_ranks(); }
   int64_t num_tokens() const { return num_tokens_; }
   int64_t num_slots() const { return num_ranks() * num_tokens_; }
+  int64_t note_words() const { return note_words_; }
+  const LowLatencySizes& low_latency() const { return low_latency_; }
 
  private:
   static constexpr int kMaxDevices = 64;
@@ -45,7 +54,8 @@ class Exchange {
 
   comm::Groups groups_;
   comm::Operation operation_;
-  int64_t channel_, num_tokens_;
+  int64_t channel_, num_tokens_, note_words_, staging_bytes_;
+  LowLatencySizes low_latency_;
   unsigned int grid_;
   Record record_;
   std::shared_ptr<const jit::Kernel> kernel_;

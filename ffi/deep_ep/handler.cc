@@ -4,8 +4,9 @@
 #include <string_view>
 #include <utility>
 
-#include "deep_ep/exchange.h"
+#include "deep_ep/low_latency.h"
 #include "deep_ep/plan.h"
+#include "deep_ep/stages.h"
 #include "jit/launch.h"
 #include "support/shape.h"
 
@@ -15,45 +16,12 @@ namespace {
 namespace ffi = xla::ffi;
 using comm::Operation;
 
-struct ExchangeState : Stateful<ExchangeState> {
-  explicit ExchangeState(std::unique_ptr<Exchange> exchange) : exchange(std::move(exchange)) {}
-  std::unique_ptr<Exchange> exchange;
-};
-
-using Instantiated = ErrorOr<std::unique_ptr<ExchangeState>>;
-
-Instantiated MakeState(ErrorOr<std::unique_ptr<Exchange>> exchange) {
-  if (exchange.has_error()) return std::move(exchange).error();
-  return std::make_unique<ExchangeState>(std::move(exchange).value());
-}
-
 Error CheckColumns(int64_t columns) {
   if (columns >= 1 && columns <= kMaxColumns) return Error::Success();
   return InvalidArgument("row_of: must have 1 to 32 columns, got " + std::to_string(columns));
 }
 
 int Int(int64_t value) { return static_cast<int>(value); }
-
-// ---- stages that all calls share
-// -----------------------------------------------------------------
-
-Error Prepare(ExchangeState* state, comm::CommunicatorContext context) {
-  return state->exchange->Prepare(context);
-}
-
-Error Initialize(ExchangeState* state, int32_t ordinal, comm::CommunicatorContext context) {
-  return state->exchange->Initialize(ordinal, context);
-}
-
-XLA_FFI_DEFINE_HANDLER(kPrepare, Prepare,
-                       ffi::Ffi::BindPrepare()
-                           .Ctx<ffi::State<ExchangeState>>()
-                           .Ctx<ffi::Extension<comm::Collectives>>());
-XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
-                       ffi::Ffi::BindInitialize()
-                           .Ctx<ffi::State<ExchangeState>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::Extension<comm::Collectives>>());
 
 // ---- dispatch: x [T, H] (and scales [T, KB]) -> rows [C, H] (and scales [C, KB])
 // -----------------
@@ -62,17 +30,8 @@ Instantiated InstantiateDispatch(ffi::Span<const int64_t> groups, int64_t num_ra
                                  int64_t channel, int64_t num_tokens, int64_t token_bytes,
                                  int64_t num_scales, int64_t num_sms) {
   JAX_DS_ASSIGN_OR_RETURN(Record record, MakeRecord(token_bytes, num_scales));
-  return MakeState(Exchange::Make(Operation::kDispatch, groups, num_ranks, channel, num_tokens,
-                                  num_sms, record, DispatchSpec()));
-}
-
-// `name` must hold `count` tokens of the record's payload.
-Error CheckTokens(const char* name, const AnyBuffer& buffer, const Record& record, int64_t count) {
-  const int64_t payload = record.vectors * int64_t{16};
-  if (static_cast<int64_t>(buffer.size_bytes()) == count * payload) return Error::Success();
-  return InvalidArgument(std::string(name) + ": must be " + std::to_string(count) + " tokens of " +
-                         std::to_string(payload) + " bytes, got " +
-                         std::to_string(buffer.size_bytes()) + " bytes");
+  return MakeState({Operation::kDispatch, groups, num_ranks, channel, num_tokens, num_sms, record,
+                    /*note_words=*/0, DispatchSpec()});
 }
 
 Error TakeScales(const Record& record, int64_t num_tokens, int64_t capacity,
@@ -148,22 +107,26 @@ XLA_FFI_DEFINE_HANDLER(kExecuteDispatch, ExecuteDispatch,
                            .RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
 
-// ---- combine: rows [C, H] (and weights [B, J]) -> y [T, H]
+// ---- combine: rows [C, H] (and weights [T, K]) -> y [T, H] (and those weights [B, J])
 // ---------------------------------------
 
 Instantiated InstantiateCombine(ffi::Span<const int64_t> groups, int64_t num_ranks, int64_t channel,
-                                int64_t num_tokens, int64_t token_bytes, std::string_view dtype,
-                                int64_t num_sms) {
+                                int64_t num_tokens, int64_t token_bytes, int64_t top_k,
+                                std::string_view dtype, int64_t num_sms) {
+  if (top_k < 1 || top_k > kMaxColumns) {
+    return InvalidArgument("column: must have 1 to 32 columns, got " + std::to_string(top_k));
+  }
   JAX_DS_ASSIGN_OR_RETURN(Record record, MakeRecord(token_bytes, 0));
   JAX_DS_ASSIGN_OR_RETURN(jit::KernelSpec spec, CombineSpec(dtype));
-  return MakeState(Exchange::Make(Operation::kCombine, groups, num_ranks, channel, num_tokens,
-                                  num_sms, record, std::move(spec)));
+  return MakeState({Operation::kCombine, groups, num_ranks, channel, num_tokens, num_sms, record,
+                    /*note_words=*/top_k, std::move(spec)});
 }
 
-// `rest` may hold one operand, the weights.
+// `rest` may hold one operand, the weights; then `more` holds one result.
 Error ExecuteCombine(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
                      AnyBuffer axis_index, AnyBuffer needed, AnyBuffer row_of, AnyBuffer column,
-                     AnyBuffer rows, ffi::RemainingArgs rest, ffi::Result<AnyBuffer> y) {
+                     AnyBuffer rows, ffi::RemainingArgs rest, ffi::Result<AnyBuffer> y,
+                     ffi::RemainingRets more) {
   const Exchange& exchange = *state->exchange;
   const Record& record = exchange.record();
   const int64_t num_tokens = exchange.num_tokens(), num_slots = exchange.num_slots();
@@ -172,7 +135,8 @@ Error ExecuteCombine(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
   JAX_DS_RETURN_IF_ERROR(
       CheckBuffer("needed", needed, DataType::PRED, {exchange.num_ranks(), num_tokens}));
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("row_of", row_of, DataType::S32, {num_slots, -1}));
-  JAX_DS_RETURN_IF_ERROR(CheckBuffer("column", column, DataType::S32, {num_slots, -1}));
+  JAX_DS_RETURN_IF_ERROR(
+      CheckBuffer("column", column, DataType::S32, {num_slots, exchange.note_words()}));
   const int64_t columns = row_of.dimensions()[1];
   JAX_DS_RETURN_IF_ERROR(CheckColumns(columns));
   JAX_DS_RETURN_IF_ERROR(CheckTokens("rows", rows, record, LeadingSize(rows, 1)));
@@ -188,11 +152,16 @@ Error ExecuteCombine(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
   params.record = record;
   params.num_tokens = Int(num_tokens);
   params.columns = Int(columns);
-  params.top_k = Int(column.dimensions()[1]);
+  params.top_k = Int(exchange.note_words());
   if (rest.size() > 0) {
     JAX_DS_ASSIGN_OR_RETURN(AnyBuffer weights, rest.get<AnyBuffer>(0));
-    JAX_DS_RETURN_IF_ERROR(CheckBuffer("weights", weights, DataType::F32, {num_slots, columns}));
+    JAX_DS_RETURN_IF_ERROR(
+        CheckBuffer("weights", weights, DataType::F32, {num_tokens, params.top_k}));
+    JAX_DS_ASSIGN_OR_RETURN(ffi::Result<AnyBuffer> by_column, more.get<AnyBuffer>(0));
+    JAX_DS_RETURN_IF_ERROR(
+        CheckBuffer("by_column", *by_column, DataType::F32, {num_slots, columns}));
     params.weights = static_cast<const float*>(weights.untyped_data());
+    params.by_column = static_cast<float*>(by_column->untyped_data());
   }
   return jit::Launch(exchange.kernel(), ordinal, stream, {{exchange.grid()}, {kThreads}, {}},
                      params);
@@ -205,6 +174,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateCombine, InstantiateCombine,
                            .Attr<int64_t>("channel")
                            .Attr<int64_t>("num_tokens")
                            .Attr<int64_t>("token_bytes")
+                           .Attr<int64_t>("top_k")
                            .Attr<std::string_view>("dtype")
                            .Attr<int64_t>("num_sms"));
 XLA_FFI_DEFINE_HANDLER(kExecuteCombine, ExecuteCombine,
@@ -218,18 +188,21 @@ XLA_FFI_DEFINE_HANDLER(kExecuteCombine, ExecuteCombine,
                            .Arg<AnyBuffer>()
                            .Arg<AnyBuffer>()
                            .RemainingArgs()
-                           .Ret<AnyBuffer>(),
+                           .Ret<AnyBuffer>()
+                           .RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
 Room GetRoom() {
-  return {
+  Room room = {
       "deep_ep",
       {{"jax_ds_deep_ep_exchange", &ExchangeState::id, ExchangeState::info()}},
       {{"jax_ds_deep_ep_dispatch", kInstantiateDispatch, kPrepare, kInitialize, kExecuteDispatch},
        {"jax_ds_deep_ep_combine", kInstantiateCombine, kPrepare, kInitialize, kExecuteCombine}},
       AllKernels()};
+  for (const Target& target : LowLatencyTargets()) room.targets.push_back(target);
+  return room;
 }
 
 }  // namespace jax_ds::deep_ep

@@ -2,9 +2,8 @@
 
 from jax_ds.deep_ep.api import combine, dispatch, plan_dispatch
 from jax_ds.deep_ep.buffers import buffer_bytes, check
+from jax_ds.deep_ep.in_flight import CombineInFlight, DispatchInFlight
 from jax_ds.deep_ep.low_latency import (
-    CombineInFlight,
-    DispatchInFlight,
     low_latency_combine,
     low_latency_combine_finish,
     low_latency_combine_start,

@@ -36,20 +36,24 @@ def buffer_bytes(
     num_ranks: int,
     dtype: Any = jnp.bfloat16,
     training: bool = False,
+    top_k: int = 8,
+    low_latency: bool = False,
 ) -> int:
     """Bytes of the symmetric buffers that one rank allocates for one channel of one mesh axis.
 
     An operation has a window: a slot for each token of each rank, which holds a whole record.
 
         dispatch record = align(H * itemsize [+ 4 * ceil(H/128) for float8])
-        combine record  = align(2H)                     a bfloat16 partial sum (4H if float32)
+        combine record  = align(2H) + 4K       a bfloat16 partial sum (4H if float32), the weights
         window          = 4096 + size_class(R * T * record)
 
-    align(n) rounds up to 128 bytes, size_class(n) to 4, 5, 6 or 7 times a power of two, at least
-    4 MiB, so that programs of similar sizes share windows. They are allocated when a program first
+    The low-latency functions have windows of their own, twice this size because calls take turns;
+    the ids of a token travel beside its dispatch record, 4K bytes more.
+
+    align(n) rounds up to 128 bytes, size_class(n) to 8 to 15 times a power of two, at least 4 MiB,
+    so that programs of similar sizes share windows. They are allocated when a program first
     runs, beside XLA's own memory pool (`XLA_PYTHON_CLIENT_MEM_FRACTION`), and kept to the end of
-    the process. Kernels that read a rank's rows need none; nor do the portable implementation and
-    the low-latency functions.
+    the process. The portable implementation needs none.
 
     Args:
       num_tokens: T.
@@ -57,6 +61,8 @@ def buffer_bytes(
       num_ranks: R.
       dtype: of the dispatched tokens, float8_e4m3fn for Quantized.
       training: with the backward pass, whose dispatch carries the cotangents of y.
+      top_k: K.
+      low_latency: for `low_latency_dispatch` and `low_latency_combine` instead.
 
     Raises:
       ValueError, TypeError: for a size below 1 or no integer.
@@ -65,17 +71,26 @@ def buffer_bytes(
         ("num_tokens", num_tokens),
         ("hidden", hidden),
         ("num_ranks", num_ranks),
+        ("top_k", top_k),
     ):
         require(check_integer(name, value) >= 1, name, "must be at least 1", value)
     sent = jnp.dtype(dtype)
     quantized = sent == jnp.float8_e4m3fn
     result = jnp.dtype(jnp.bfloat16) if quantized else sent
     scales = 4 * -(-hidden // 128) if quantized else 0
-    records = [hidden * sent.itemsize + scales, hidden * result.itemsize]
-    if training and quantized:
-        records.append(hidden * result.itemsize)
+    dispatch = _align(hidden * sent.itemsize + scales)
+    combine = _align(hidden * result.itemsize)
+    notes = 4 * top_k
+    if low_latency:
+        no_gradient = "must be False for low latency, which has no gradient"
+        require(not training, "training", no_gradient, training)
+        records, turns = [dispatch + notes, combine + notes], 2
+    else:
+        records, turns = [dispatch, combine + notes], 1
+        if training and quantized:
+            records.append(combine)
     slots = num_ranks * num_tokens
-    return sum(_HEADER + _size_class(slots * _align(record)) for record in records)
+    return sum(turns * (_HEADER + _size_class(slots * record)) for record in records)
 
 
 def _align(size: int) -> int:
@@ -84,7 +99,7 @@ def _align(size: int) -> int:
 
 def _size_class(size: int) -> int:
     """The kernels' host code rounds so too."""
-    unit = 1 << 20
-    while 7 * unit < size:
+    unit = 1 << 19
+    while 15 * unit < size:
         unit *= 2
-    return max(4, -(-size // unit)) * unit
+    return max(8, -(-size // unit)) * unit

@@ -48,18 +48,23 @@ def combine(
     options: Options,
     rows: Float[Array, "C H"],
     plan: DispatchPlan,
-    by_column: Float[Array, "B J"] | None,
-) -> Float[Array, "T H"]:
-    """Rows to tokens, with the weights that `xla.publish` returns."""
-    y: Array = choose(
+    weights: Float[Array, "T K"] | None,
+) -> tuple[Float[Array, "T H"], Float[Array, "B J"] | None]:
+    """Rows to tokens, and the weights where the rows are, as `xla.publish` returns them."""
+
+    def portable(rows: Array, plan: DispatchPlan, weights: Array | None) -> Any:
+        by_column = None if weights is None else xla.publish(weights, plan)
+        return xla.combine(rows, plan, by_column), by_column
+
+    result: tuple[Array, Array | None] = choose(
         "combine",
         options.implementation,
-        (rows, plan, by_column),
-        xla=xla.combine,
-        cuda=lambda rows, plan, by_column: ffi.combine(rows, plan, by_column, options.num_sms),
+        (rows, plan, weights),
+        xla=portable,
+        cuda=lambda rows, plan, weights: ffi.combine(rows, plan, weights, options.num_sms),
         unsupported=_unsupported(options, plan, rows),
     )
-    return y
+    return result
 
 
 def _unsupported(options: Options, plan: DispatchPlan, tokens: Any) -> str | None:

@@ -19,7 +19,7 @@ from jax_ds.quantization import Quantized
 MAX_COLUMNS = 32
 MAX_SMS = 132
 # A token's bytes travel in pieces of 16.
-_PIECE = 16
+PIECE = 16
 
 
 def dispatch(x: Shaped[Array, "T H"] | Quantized, plan: DispatchPlan, num_sms: int | None) -> Any:
@@ -31,7 +31,7 @@ def dispatch(x: Shaped[Array, "T H"] | Quantized, plan: DispatchPlan, num_sms: i
     rows = ffi_call(
         "jax_ds_deep_ep_dispatch",
         outputs,
-        _axis_index(plan.sizes),
+        axis_index(plan.sizes),
         plan.route.needed,
         plan.row_source,
         plan.row_of,
@@ -50,36 +50,46 @@ def dispatch(x: Shaped[Array, "T H"] | Quantized, plan: DispatchPlan, num_sms: i
 def combine(
     rows: Float[Array, "C H"],
     plan: DispatchPlan,
-    by_column: Float[Array, "B J"] | None,
+    weights: Float[Array, "T K"] | None,
     num_sms: int | None,
-) -> Float[Array, "T H"]:
-    """`y[t] = sum over t's rows c of w_c * rows[c]`; w_c is 1 without weights."""
+) -> tuple[Float[Array, "T H"], Float[Array, "B J"] | None]:
+    """`y[t] = sum_k weights_tk * rows[row of (t, k)]`, and the weights as `xla.publish` has them.
+
+    Without weights every row counts once.
+    """
     needed = plan.route.needed
-    (y,) = ffi_call(
+    outputs = [jax.ShapeDtypeStruct((needed.shape[1], rows.shape[1]), rows.dtype)]
+    if weights is not None:
+        outputs.append(jax.ShapeDtypeStruct(plan.row_of.shape, jnp.float32))
+    y, *by_column = ffi_call(
         "jax_ds_deep_ep_combine",
-        [jax.ShapeDtypeStruct((needed.shape[1], rows.shape[1]), rows.dtype)],
-        _axis_index(plan.sizes),
+        outputs,
+        axis_index(plan.sizes),
         needed,
         plan.row_of,
         plan.column,
         rows,
-        *([] if by_column is None else [by_column]),
-        attributes={**_attributes(plan, rows, num_sms), "dtype": rows.dtype.name},
+        *([] if weights is None else stage(plan, at_least_one(weights))),
+        attributes={
+            **_attributes(plan, rows, num_sms),
+            "dtype": rows.dtype.name,
+            "top_k": plan.sizes.top_k,
+        },
         vmap_method="sequential",
         communicates=True,
     )
     result: Array = plan.route.settle(y)[: plan.sizes.num_tokens].astype(rows.dtype)
-    return result
+    return result, by_column[0] if by_column else None
 
 
 def unsupported(sizes: PlanSizes, x: Any, num_sms: int | None) -> str | None:
     """Why the kernels cannot move tokens like those of x `[_, H]`; None if they can."""
     values = x.values if isinstance(x, Quantized) else x
     width = values.shape[1] * values.dtype.itemsize
-    if sizes.columns > MAX_COLUMNS:
-        return f"its kernels serve at most {MAX_COLUMNS} experts of a rank per token"
-    if width == 0 or width % _PIECE:
-        return f"its kernels move tokens of a multiple of {_PIECE} bytes, these have {width}"
+    if sizes.top_k > MAX_COLUMNS:
+        return f"its kernels serve at most {MAX_COLUMNS} experts per token"
+    if width == 0 or width % PIECE:
+        return f"its kernels move tokens of a multiple of {PIECE} bytes, these have {width}"
     if num_sms is not None and num_sms > MAX_SMS:
         return f"num_sms is at most {MAX_SMS}"
     return placement.why_no_windows(placement.current(), sizes.direct_axes)
@@ -103,6 +113,6 @@ def _attributes(plan: DispatchPlan, x: Shaped[Array, "_ H"], num_sms: int | None
     }
 
 
-def _axis_index(sizes: PlanSizes) -> Int[Array, ""]:
+def axis_index(sizes: PlanSizes) -> Int[Array, ""]:
     """The rank among those that exchange records, which the kernels compare with NCCL's."""
     return jnp.asarray(jax.lax.axis_index(sizes.direct_axes), jnp.int32)

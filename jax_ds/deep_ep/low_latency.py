@@ -19,38 +19,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ds._core.checks import check, check_dtype, check_rank, check_shape
 from jax_ds._runtime.choose import Implementation, choose
-from jax_ds.deep_ep import xla
+from jax_ds.deep_ep import ffi, low_latency_ffi
+from jax_ds.deep_ep import low_latency_xla as portable
 from jax_ds.deep_ep.api import MAX_INDEX, check_count, check_exchange, check_plan, together
-from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes, plan_rows, valid_ids
-from jax_ds.deep_ep.route import FlatRoute, flat_route, sum_in_order
+from jax_ds.deep_ep.in_flight import CombineInFlight, DispatchInFlight, UnderWay
+from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes, valid_ids
+from jax_ds.deep_ep.route import FlatRoute
 from jax_ds.deep_ep.vjp import inference_only
-from jax_ds.quantization import Quantized, quantize_1x128
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DispatchInFlight:
-    """What `low_latency_dispatch_start` hands to `_finish`: a pytree with private content."""
-
-    messages: UInt8[Array, "B bytes"]
-    route: FlatRoute
-    sizes: PlanSizes = dataclasses.field(metadata={"static": True})
-    parts: tuple[tuple[int, Any], ...] = dataclasses.field(metadata={"static": True})
-    implementation: Implementation = dataclasses.field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CombineInFlight:
-    """What `low_latency_combine_start` hands to `_finish`: a pytree with private content."""
-
-    parts: Float[Array, "R T H"]
-    sizes: PlanSizes = dataclasses.field(metadata={"static": True})
-    implementation: Implementation = dataclasses.field(metadata={"static": True})
 
 
 def low_latency_dispatch(
@@ -62,12 +41,14 @@ def low_latency_dispatch(
     axis_name: str | tuple[str, ...],
     quantize: bool = True,
     channel: int = 0,
+    after: Any = (),
     implementation: Implementation = None,
 ) -> tuple[Any, Int32[Array, " E_local"], DispatchPlan]:
     """Sends every token to its experts: `rows[e, i] = x[i-th token of local expert e]`.
 
     An expert's rows are in the order of source rank, then token; those from `group_sizes[e]` on
-    are zero (a Quantized's scales are 1 there). Nothing is ever dropped.
+    hold no token: the portable implementation makes them zero (a Quantized's scales 1), the kernel
+    does not write them. Nothing is ever dropped.
 
     Args:
       x: bfloat16 or float32 `[T, H]`, T <= max_tokens, the same on every rank.
@@ -77,6 +58,8 @@ def low_latency_dispatch(
       axis_name: mesh axes; several count as one.
       quantize: send FP8 values with a scale per 1x128 block, as `quantize_1x128` makes them.
       channel: calls that may run at the same time need different channels.
+      after: arrays to compute before; their values are not used. Orders this call behind others
+        where data does not.
       implementation: None, "xla" or "cuda".
 
     Returns:
@@ -88,17 +71,30 @@ def low_latency_dispatch(
       ValueError, TypeError: for a shape, dtype, size or axis against these rules, or where
         differentiated.
     """
-    in_flight = low_latency_dispatch_start(
-        x,
-        expert_ids,
-        num_experts=num_experts,
-        max_tokens=max_tokens,
-        axis_name=axis_name,
-        quantize=quantize,
-        channel=channel,
-        implementation=implementation,
+    sizes = _check_dispatch(x, expert_ids, num_experts, max_tokens, axis_name, channel)
+    x, expert_ids = inference_only(
+        "low_latency_dispatch", *together(sizes.axis_name, x, expert_ids)
     )
-    return low_latency_dispatch_finish(in_flight)
+
+    def xla(x: Array, expert_ids: Array, after: Any) -> Any:
+        return portable.receive(
+            portable.send(_behind(x, after), expert_ids, sizes, quantize, implementation)
+        )
+
+    def kernel(x: Array, expert_ids: Array, after: Any) -> Any:
+        ids = valid_ids(expert_ids, sizes)
+        rows, plan = low_latency_ffi.dispatch(x, ids, sizes, quantize, after)
+        return portable.in_regions(rows, sizes), plan.group_sizes, plan
+
+    result: tuple[Any, Array, DispatchPlan] = choose(
+        "low_latency_dispatch",
+        implementation,
+        (x, expert_ids, _unused(after)),
+        xla=xla,
+        cuda=kernel,
+        unsupported=_unsupported(implementation, sizes, x),
+    )
+    return result
 
 
 def low_latency_dispatch_start(
@@ -110,37 +106,47 @@ def low_latency_dispatch_start(
     axis_name: str | tuple[str, ...],
     quantize: bool = True,
     channel: int = 0,
+    after: Any = (),
     implementation: Implementation = None,
 ) -> DispatchInFlight:
-    """The first half of `low_latency_dispatch`, with the same arguments: sends."""
-    check_dtype("x", x, jnp.bfloat16, jnp.float32)
-    check_rank("x", x, 2)
-    check_count("max_tokens", max_tokens, 1)
-    num_tokens = x.shape[0]
-    check(
-        num_tokens <= max_tokens,
-        "x",
-        f"must have at most max_tokens = {max_tokens} tokens",
-        num_tokens,
-    )
-    check_dtype("expert_ids", expert_ids, jnp.int32)
-    check_shape("expert_ids", expert_ids, (num_tokens, None), "T K")
-    sizes = check_exchange(expert_ids, num_experts, axis_name, channel)
-    capacity = num_experts * max_tokens
-    check(capacity <= MAX_INDEX, "max_tokens", "E * max_tokens must be below 2**31", capacity)
-    sizes = dataclasses.replace(
-        sizes, capacity=int(capacity), region=int(sizes.num_ranks * max_tokens)
-    )
+    """The first half of `low_latency_dispatch`: quantizes and sends, and returns at once.
+
+    Args:
+      x, expert_ids, num_experts, ...: as in `low_latency_dispatch`.
+      after: arrays to compute before sending; their values are not used. Two calls of one channel
+        can be under way: where data does not order a start behind the finish that makes room for
+        it, say so here.
+
+    Raises:
+      ValueError, TypeError: as `low_latency_dispatch`, and where two calls are under way already.
+    """
+    sizes = _check_dispatch(x, expert_ids, num_experts, max_tokens, axis_name, channel)
     x, expert_ids = inference_only(
         "low_latency_dispatch", *together(sizes.axis_name, x, expert_ids)
     )
+    under_way = UnderWay("low_latency_dispatch", sizes)
+    under_way.check()
 
-    def portable(x: Array, expert_ids: Array) -> DispatchInFlight:
-        return _send(x, expert_ids, sizes, quantize, implementation)
+    def xla(x: Array, expert_ids: Array, after: Any) -> DispatchInFlight:
+        return portable.send(_behind(x, after), expert_ids, sizes, quantize, implementation)
+
+    def kernel(x: Array, expert_ids: Array, after: Any) -> DispatchInFlight:
+        ids = valid_ids(expert_ids, sizes)
+        parts = portable.parts_of(sizes.top_k, x.shape[1], x.dtype, quantize)
+        width = sum(count * jnp.dtype(dtype).itemsize for count, dtype in parts)
+        like = jax.ShapeDtypeStruct((sizes.num_ranks * ids.shape[0], width), jnp.uint8)
+        messages, route = low_latency_ffi.dispatch_start(x, ids, sizes, quantize, after, like)
+        return DispatchInFlight(messages, route, sizes, parts, implementation)
 
     in_flight: DispatchInFlight = choose(
-        "low_latency_dispatch", implementation, (x, expert_ids), xla=portable, cuda=None
+        "low_latency_dispatch",
+        implementation,
+        (x, expert_ids, _unused(after)),
+        xla=xla,
+        cuda=kernel,
+        unsupported=_unsupported(implementation, sizes, x),
     )
+    under_way.add(in_flight)
     return in_flight
 
 
@@ -157,10 +163,28 @@ def low_latency_dispatch_finish(
       TypeError: if `in_flight` is something else.
     """
     _check_in_flight(in_flight, DispatchInFlight)
-    messages, *_ = jax.lax.optimization_barrier((in_flight.messages, after))
-    in_flight = dataclasses.replace(in_flight, messages=messages)
+    UnderWay("low_latency_dispatch", in_flight.sizes).remove(in_flight)
+    (_, (hidden, dtype), *scales), sizes = in_flight.parts, in_flight.sizes
+
+    def xla(in_flight: DispatchInFlight, after: Any) -> Any:
+        messages = _behind(in_flight.messages, after)
+        return portable.receive(dataclasses.replace(in_flight, messages=messages))
+
+    def kernel(in_flight: DispatchInFlight, after: Any) -> Any:
+        rows, plan = low_latency_ffi.dispatch_finish(
+            in_flight.messages, in_flight.route, hidden, dtype, sizes, bool(scales), after
+        )
+        return portable.in_regions(rows, sizes), plan.group_sizes, plan
+
     result: tuple[Any, Array, DispatchPlan] = choose(
-        "low_latency_dispatch", in_flight.implementation, (in_flight,), xla=_receive, cuda=None
+        "low_latency_dispatch",
+        in_flight.implementation,
+        (in_flight, _unused(after)),
+        xla=xla,
+        cuda=kernel,
+        unsupported=_unsupported(
+            in_flight.implementation, sizes, jax.ShapeDtypeStruct((1, hidden), dtype)
+        ),
     )
     return result
 
@@ -170,6 +194,7 @@ def low_latency_combine(
     handle: DispatchPlan,
     weights: Float32[Array, "T K"],
     *,
+    after: Any = (),
     implementation: Implementation = None,
 ) -> Float[Array, "T H"]:
     """Brings rows back to their tokens: `y_t = sum_k weights_tk * row of (t, k)`.
@@ -181,6 +206,7 @@ def low_latency_combine(
         `low_latency_dispatch` orders them; rows without a token are not read.
       handle: from `low_latency_dispatch`.
       weights: float32 `[T, K]`.
+      after: as in `low_latency_dispatch`.
       implementation: None, "xla" or "cuda".
 
     Returns:
@@ -189,9 +215,27 @@ def low_latency_combine(
     Raises:
       ValueError, TypeError: for a shape or dtype against these rules, or where differentiated.
     """
-    return low_latency_combine_finish(
-        low_latency_combine_start(rows, handle, weights, implementation=implementation)
+    sizes = _check_combine(rows, handle, weights)
+    rows, handle, weights = inference_only(
+        "low_latency_combine", *together(sizes.axis_name, rows, handle, weights)
     )
+
+    def xla(rows: Array, handle: DispatchPlan, weights: Array, after: Any) -> Array:
+        return portable.add_up(portable.send_back(rows, handle, _behind(weights, after)), sizes)
+
+    def kernel(rows: Array, handle: DispatchPlan, weights: Array, after: Any) -> Array:
+        y = low_latency_ffi.combine(portable.in_one(rows), handle, weights, after)
+        return y[: sizes.num_tokens]
+
+    y: Array = choose(
+        "low_latency_combine",
+        implementation,
+        (rows, handle, weights, _unused(after)),
+        xla=xla,
+        cuda=kernel,
+        unsupported=_unsupported(implementation, sizes, portable.in_one(rows)),
+    )
+    return y
 
 
 def low_latency_combine_start(
@@ -199,30 +243,45 @@ def low_latency_combine_start(
     handle: DispatchPlan,
     weights: Float32[Array, "T K"],
     *,
+    after: Any = (),
     implementation: Implementation = None,
 ) -> CombineInFlight:
-    """The first half of `low_latency_combine`, with the same arguments: reduces and sends."""
-    sizes = check_plan(handle, "handle")
-    came_from = "a plan of plan_dispatch"
-    check(sizes.region is not None, "handle", "must come from low_latency_dispatch", came_from)
-    check_dtype("rows", rows, jnp.bfloat16, jnp.float32)
-    shape = (sizes.experts_per_rank, sizes.region, None)
-    check_shape("rows", rows, shape, "E_local R*max_tokens H")
-    check_dtype("weights", weights, jnp.float32)
-    check_shape("weights", weights, (sizes.num_tokens, sizes.top_k), "T K")
+    """The first half of `low_latency_combine`: reduces and sends, and returns at once.
+
+    Args:
+      rows, handle, weights: as in `low_latency_combine`.
+      after: as in `low_latency_dispatch_start`.
+    """
+    sizes = _check_combine(rows, handle, weights)
     rows, handle, weights = inference_only(
         "low_latency_combine", *together(sizes.axis_name, rows, handle, weights)
     )
+    under_way = UnderWay("low_latency_combine", sizes)
+    under_way.check()
 
-    def portable(rows: Array, handle: DispatchPlan, weights: Array) -> CombineInFlight:
+    def in_flight_of(parts: Array, handle: DispatchPlan) -> CombineInFlight:
         assert isinstance(handle.route, FlatRoute)
-        rows = rows.reshape(sizes.capacity, rows.shape[2])
-        parts = xla.reduce_rows(rows, handle, xla.publish(weights, handle))
-        return CombineInFlight(handle.route.send_back(parts), sizes, implementation)
+        return CombineInFlight(parts, handle.route.needed, sizes, implementation)
+
+    def xla(rows: Array, handle: DispatchPlan, weights: Array, after: Any) -> CombineInFlight:
+        return in_flight_of(portable.send_back(rows, handle, _behind(weights, after)), handle)
+
+    def kernel(rows: Array, handle: DispatchPlan, weights: Array, after: Any) -> CombineInFlight:
+        assert isinstance(handle.route, FlatRoute)
+        shape = (*handle.route.needed.shape, rows.shape[2])
+        like = jax.ShapeDtypeStruct(shape, rows.dtype)
+        parts = low_latency_ffi.combine_start(portable.in_one(rows), handle, weights, after, like)
+        return in_flight_of(parts, handle)
 
     in_flight: CombineInFlight = choose(
-        "low_latency_combine", implementation, (rows, handle, weights), xla=portable, cuda=None
+        "low_latency_combine",
+        implementation,
+        (rows, handle, weights, _unused(after)),
+        xla=xla,
+        cuda=kernel,
+        unsupported=_unsupported(implementation, sizes, portable.in_one(rows)),
     )
+    under_way.add(in_flight)
     return in_flight
 
 
@@ -239,49 +298,88 @@ def low_latency_combine_finish(
       TypeError: if `in_flight` is something else.
     """
     _check_in_flight(in_flight, CombineInFlight)
-    parts, *_ = jax.lax.optimization_barrier((in_flight.parts, after))
+    UnderWay("low_latency_combine", in_flight.sizes).remove(in_flight)
+    sizes = in_flight.sizes
 
-    def portable(parts: Array) -> Array:
-        return sum_in_order(parts)[: in_flight.sizes.num_tokens].astype(parts.dtype)
+    def xla(parts: Array, needed: Array, after: Any) -> Array:
+        return portable.add_up(_behind(parts, after), sizes)
+
+    def kernel(parts: Array, needed: Array, after: Any) -> Array:
+        y = low_latency_ffi.combine_finish(parts, needed, sizes, after)
+        return y[: sizes.num_tokens]
 
     y: Array = choose(
-        "low_latency_combine", in_flight.implementation, (parts,), xla=portable, cuda=None
+        "low_latency_combine",
+        in_flight.implementation,
+        (in_flight.parts, in_flight.needed, _unused(after)),
+        xla=xla,
+        cuda=kernel,
+        unsupported=_unsupported(in_flight.implementation, sizes, in_flight.parts[0]),
     )
     return y
 
 
-def _send(
+def _check_dispatch(
     x: Array,
     expert_ids: Array,
-    sizes: PlanSizes,
-    quantize: bool,
-    implementation: Implementation,
-) -> DispatchInFlight:
-    """One message per token: ids, then the values, then the scales."""
-    ids = valid_ids(expert_ids, sizes)
-    route = flat_route(ids, num_experts=sizes.num_experts, axis_name=sizes.axis_name)
-    x = xla.at_least_one(x)
-    # Ids travel raised by one: an empty slot is zero, and then reads as -1.
-    arrays = [ids + 1, x]
-    if quantize:
-        q = quantize_1x128(x, implementation="xla")
-        arrays[1:] = q.values, q.scales
-    messages = route.spread(xla.pack(*arrays))
-    return DispatchInFlight(messages, route, sizes, xla.widths(*arrays), implementation)
+    num_experts: int,
+    max_tokens: int,
+    axis_name: str | tuple[str, ...],
+    channel: int,
+) -> PlanSizes:
+    check_dtype("x", x, jnp.bfloat16, jnp.float32)
+    check_rank("x", x, 2)
+    check_count("max_tokens", max_tokens, 1)
+    num_tokens = x.shape[0]
+    check(
+        num_tokens <= max_tokens,
+        "x",
+        f"must have at most max_tokens = {max_tokens} tokens",
+        num_tokens,
+    )
+    check_dtype("expert_ids", expert_ids, jnp.int32)
+    check_shape("expert_ids", expert_ids, (num_tokens, None), "T K")
+    sizes = check_exchange(expert_ids, num_experts, axis_name, channel)
+    capacity = num_experts * max_tokens
+    check(capacity <= MAX_INDEX, "max_tokens", "E * max_tokens must be below 2**31", capacity)
+    return dataclasses.replace(
+        sizes, capacity=int(capacity), region=int(sizes.num_ranks * max_tokens)
+    )
 
 
-def _receive(in_flight: DispatchInFlight) -> tuple[Any, Array, DispatchPlan]:
-    sizes = in_flight.sizes
-    raised, *_ = xla.unpack(in_flight.messages, *in_flight.parts)
-    lost = jnp.zeros((), jnp.int32)
-    handle = plan_rows(in_flight.route, raised - 1, lost, sizes)
-    _, values, *scales = xla.unpack(xla.expand(in_flight.messages, handle), *in_flight.parts)
-    shape = sizes.experts_per_rank, sizes.region
-    rows: Any = values.reshape(*shape, -1)
-    if scales:
-        has_token = handle.row_source[:, None] >= 0
-        rows = Quantized(rows, jnp.where(has_token, scales[0], 1).reshape(*shape, -1))
-    return rows, handle.group_sizes, handle
+def _check_combine(rows: Array, handle: DispatchPlan, weights: Array) -> PlanSizes:
+    sizes = check_plan(handle, "handle")
+    came_from = "a plan of plan_dispatch"
+    check(sizes.region is not None, "handle", "must come from low_latency_dispatch", came_from)
+    check_dtype("rows", rows, jnp.bfloat16, jnp.float32)
+    shape = (sizes.experts_per_rank, sizes.region, None)
+    check_shape("rows", rows, shape, "E_local R*max_tokens H")
+    check_dtype("weights", weights, jnp.float32)
+    check_shape("weights", weights, (sizes.num_tokens, sizes.top_k), "T K")
+    return sizes
+
+
+def _unused(after: Any) -> tuple[Array, ...]:
+    """Arrays that order a call: no gradient goes through them."""
+    return tuple(jax.lax.stop_gradient(jnp.asarray(leaf)) for leaf in jax.tree.leaves(after))
+
+
+def _behind(x: Array, after: tuple[Array, ...]) -> Array:
+    """x, once everything in `after` is there."""
+    if not after:
+        return x
+    barred: Array = jax.lax.optimization_barrier((x, after))[0]
+    return barred
+
+
+def _unsupported(implementation: Implementation, sizes: PlanSizes, x: Any) -> str | None:
+    """Why the kernels are not taken, for tokens like those of x `[_, H]`."""
+    if implementation == "xla":
+        return None  # do not look for GPUs and NCCL
+    reason = low_latency_ffi.unsupported(sizes, x) or ffi.unsupported(sizes, x, None)
+    if reason is None and implementation is None:
+        return ffi.not_by_default(sizes)
+    return reason
 
 
 def _check_in_flight(in_flight: Any, wanted: type) -> None:

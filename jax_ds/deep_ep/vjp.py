@@ -24,6 +24,7 @@ from jax_ds.deep_ep.plan import DispatchPlan
 class _CombineResiduals(NamedTuple):
     rows: Array
     plan: DispatchPlan
+    weights: Array
     by_column: Array
 
 
@@ -48,7 +49,8 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 def combine_unweighted(
     options: Options, rows: Float[Array, "C H"], plan: DispatchPlan
 ) -> Float[Array, "T H"]:
-    return calls.combine(options, rows, plan, None)
+    y, _ = calls.combine(options, rows, plan, None)
+    return y
 
 
 def _combine_unweighted_fwd(
@@ -70,40 +72,46 @@ def combine(
     plan: DispatchPlan,
     weights: Float[Array, "T K"],
 ) -> Float[Array, "T H"]:
-    # Sending the weights is linear: its transpose sends one scalar of each row back.
-    return _combine_weighted(options, rows, plan, xla.publish(weights, plan))
+    y, _ = _combine_and_publish(options, rows, plan, weights)
+    return y
 
 
+# The weights at the ranks of the rows are a result too, so that the backward pass need not send
+# them again, and the gradient of the gradient sees where they come from.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine_weighted(
-    options: Options,
-    rows: Float[Array, "C H"],
-    plan: DispatchPlan,
-    by_column: Float[Array, "B J"],
-) -> Float[Array, "T H"]:
-    return calls.combine(options, rows, plan, by_column)
+def _combine_and_publish(
+    options: Options, rows: Array, plan: DispatchPlan, weights: Array
+) -> tuple[Float[Array, "T H"], Float[Array, "B J"]]:
+    y, by_column = calls.combine(options, rows, plan, weights)
+    assert by_column is not None
+    return y, by_column
 
 
-def _combine_weighted_fwd(
-    options: Options, rows: Array, plan: DispatchPlan, by_column: Array
-) -> tuple[Array, _CombineResiduals]:
-    y = _combine_weighted(options, rows, plan, by_column)
-    return y, _CombineResiduals(rows, plan, by_column)
+def _combine_fwd(
+    options: Options, rows: Array, plan: DispatchPlan, weights: Array
+) -> tuple[tuple[Array, Array], _CombineResiduals]:
+    y, by_column = _combine_and_publish(options, rows, plan, weights)
+    return (y, by_column), _CombineResiduals(rows, plan, weights, by_column)
 
 
-def _combine_weighted_bwd(
-    options: Options, residuals: _CombineResiduals, g: Array
+def _combine_bwd(
+    options: Options, residuals: _CombineResiduals, cotangents: tuple[Array, Array]
 ) -> tuple[Array, None, Array]:
-    rows, plan, by_column = residuals
+    rows, plan, weights, by_column = residuals
+    g, d_by_column = cotangents
     back = dispatch(options, g, plan).astype(jnp.float32)
     weight = xla.weight_of_rows(by_column, plan)
     d_rows = (weight[:, None] * back).astype(rows.dtype)
     # A row without a token may hold NaN, which the gradient of this gradient would meet.
     held = jnp.where(plan.row_source[:, None] >= 0, rows.astype(jnp.float32), 0)
-    return d_rows, None, xla.in_rows(jnp.sum(held * back, axis=1), plan)
+    d_by_column = d_by_column + xla.in_rows(jnp.sum(held * back, axis=1), plan)
+    # Sending the weights is linear: its transpose sends one scalar of each row back.
+    send_back = jax.linear_transpose(lambda weights: xla.publish(weights, plan), weights)
+    (d_weights,) = send_back(d_by_column)
+    return d_rows, None, d_weights
 
 
-_combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
+_combine_and_publish.defvjp(_combine_fwd, _combine_bwd)
 
 
 def inference_only(op: str, *operands: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from jax_ds.deep_ep.plan import DispatchPlan, in_columns
+from jax_ds.deep_ep.plan import DispatchPlan
 from jax_ds.quantization import Quantized
 
 
@@ -37,7 +37,12 @@ def combine(
 def publish(weights: Float[Array, "T K"], plan: DispatchPlan) -> Float[Array, "B J"]:
     """Sends the tokens' weights to where their rows are; ids of one expert add theirs up."""
     received = plan.route.spread(at_least_one(weights))
-    return in_columns(plan.column, received, plan.sizes.columns, jnp.sum, 0)
+    j = jnp.arange(plan.sizes.columns, dtype=jnp.int32)
+    total = jnp.zeros(plan.row_of.shape, jnp.float32)
+    for k in range(plan.sizes.top_k):  # in this order, as the kernel adds them
+        mine = plan.column[:, k, None] == j[None]
+        total = total + jnp.where(mine, received[:, k, None], 0)
+    return total
 
 
 def weight_of_rows(by_column: Float[Array, "B J"], plan: DispatchPlan) -> Float[Array, " C"]:

@@ -168,10 +168,10 @@ CASES: dict[str, tuple[Callable[[Array, Array], Any], str]] = {
         ),
         "weights: dtype must be float32, got bfloat16",
     ),
-    "no kernel": (
+    "odd low-latency tokens": (
         lambda x, ids: _low(x, ids, implementation="cuda"),
-        "low_latency_dispatch: implementation='cuda' cannot run here, low_latency_dispatch has no "
-        "CUDA kernel; use implementation=None or 'xla'",
+        "low_latency_dispatch: implementation='cuda' cannot run here, its low-latency kernels move "
+        "tokens of a multiple of 16 elements; use implementation=None or 'xla'",
     ),
     "odd tokens": (
         lambda x, ids: deep_ep.dispatch(x[:, :7], _plan(ids), implementation="cuda"),

@@ -100,7 +100,7 @@ def test_attributes() -> None:
     tokens = {"channel": "3", "num_ranks": "4", "num_sms": "12", "num_tokens": str(T)}
     fp8 = tokens | {"token_bytes": str(H), "num_scales": "2"}
     dispatch = tokens | {"token_bytes": str(2 * H), "num_scales": "0"}
-    combine = tokens | {"token_bytes": str(2 * H)}
+    combine = tokens | {"token_bytes": str(2 * H), "top_k": str(K)}
     found = sorted(map(str, (dict(sorted(call.items())) for call in _calls(text))))
     assert found == sorted(str(dict(sorted(c.items()))) for c in (fp8, dispatch, combine))
     assert text.count("groups = dense<[0, 1, 2, 3, 4, 5, 6, 7]>") == 3
@@ -232,13 +232,19 @@ def test_buffer_bytes() -> None:
     """Slots of every rank, rounded up to a size class, and a page of signals a window."""
     given = {"num_tokens": 4096, "hidden": 7168, "num_ranks": 8}
     slots, mib = 8 * 4096, 1 << 20
-    bf16 = 4096 + 448 * mib
     assert slots * 14336 == 448 * mib
-    assert deep_ep.buffer_bytes(**given) == 2 * bf16
-    fp8 = 4096 + 256 * mib  # records of 7168 values and 56 scales, aligned: 7424 bytes, 232 MiB
-    assert deep_ep.buffer_bytes(**given, dtype=jnp.float8_e4m3fn) == fp8 + bf16
-    assert deep_ep.buffer_bytes(**given, dtype=jnp.float8_e4m3fn, training=True) == fp8 + 2 * bf16
+    bf16, combine = 4096 + 448 * mib, 4096 + 480 * mib  # 449 MiB with the weights
+    assert deep_ep.buffer_bytes(**given) == bf16 + combine
+    fp8 = 4096 + 240 * mib  # records of 7168 values and 56 scales, aligned: 7424 bytes, 232 MiB
+    quantized = given | {"dtype": jnp.float8_e4m3fn}
+    assert deep_ep.buffer_bytes(**quantized) == fp8 + combine
+    assert deep_ep.buffer_bytes(**quantized, training=True) == fp8 + combine + bf16
     assert deep_ep.buffer_bytes(num_tokens=1, hidden=8, num_ranks=1) == 2 * (4096 + 4 * mib)
+    few = quantized | {"num_tokens": 128, "low_latency": True}
+    # 1024 slots of 7424 + 32 and 14336 + 32 bytes: 7.28 and 14.03 MiB.
+    assert deep_ep.buffer_bytes(**few) == 2 * (4096 + 15 * mib // 2) + 2 * (4096 + 15 * mib)
+    with pytest.raises(ValueError, match="training: must be False for low latency"):
+        deep_ep.buffer_bytes(**few, training=True)
 
 
 def test_nothing_to_report_without_kernels() -> None:

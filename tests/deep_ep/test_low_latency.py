@@ -145,3 +145,61 @@ def test_finish_waits_for_the_work_given_to_it() -> None:
     assert all(work in line for line in barriers)
     first_use = text.index("stablehlo.sort")
     assert text.index(barriers[0]) < first_use
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [False, True], ids=["plain", "fp8"])
+def test_kernels_on_one_gpu(quantize: bool) -> None:
+    """A single rank, without peers; `test_multirank_low_latency.py` has several."""
+    mesh = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    region = TOKENS + 2
+
+    def run(x: Array, ids: Array, weights: Array, implementation: Any, halves: bool) -> Any:
+        static: Any = {
+            "num_experts": EXPERTS,
+            "max_tokens": region,
+            "axis_name": "ep",
+            "quantize": quantize,
+            "implementation": implementation,
+        }
+        if halves:
+            sent = deep_ep.low_latency_dispatch_start(x, ids, **static)
+            rows, sizes, handle = deep_ep.low_latency_dispatch_finish(sent, after=jnp.sin(x))
+        else:
+            rows, sizes, handle = deep_ep.low_latency_dispatch(x, ids, **static)
+        held = jnp.arange(region)[None, :, None] < sizes[:, None, None]
+        rows = jax.tree.map(lambda a: jnp.where(held, a, jnp.zeros((), a.dtype)), rows)
+        out = (dequantize(rows) if quantize else rows).astype(jnp.bfloat16)
+        out = jnp.where(held, out, jnp.nan)
+        if halves:
+            flight = deep_ep.low_latency_combine_start(
+                out, handle, weights, implementation=implementation
+            )
+            y = deep_ep.low_latency_combine_finish(flight, after=sizes)
+        else:
+            y = deep_ep.low_latency_combine(out, handle, weights, implementation=implementation)
+        return rows, sizes, handle, y
+
+    def program(implementation: Any, halves: bool) -> Any:
+        spec = jax.sharding.PartitionSpec()
+        return jax.jit(
+            jax.shard_map(
+                lambda *args: run(*args, implementation, halves),
+                mesh=mesh,
+                in_specs=spec,
+                out_specs=spec,
+                check_vma=False,
+            )
+        )
+
+    programs = [program(*which) for which in (("xla", False), ("cuda", False), ("cuda", True))]
+    # Powers of two: XLA's division on a GPU is exact for them.
+    exponents = np.random.default_rng(7).integers(-7, 8, (TOKENS, WIDE))
+    x = jnp.asarray(np.exp2(exponents), jnp.bfloat16)
+    weights = jnp.asarray(_weights()[0])
+    for name in ROUTINGS:
+        ids = jnp.asarray(cases.expert_ids(name, EXPERTS)[0])
+        want, *others = [run(x, ids, weights) for run in programs]
+        for got in others:
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)

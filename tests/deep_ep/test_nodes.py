@@ -144,10 +144,10 @@ def test_bytes_of_the_node_axis(shape: tuple[int, int]) -> None:
     kernels, portable = _program(None, shape), _program("xla", shape)
     for text in (kernels, portable):
         assert _messages(text, "node") == wanted
-    # Inside a node ids and weights travel by XLA, tokens and sums by the kernels.
-    small = [staged * 4 * TOP_K] * 2
-    assert _messages(kernels, "gpu") == small
-    assert _messages(portable, "gpu") == sorted([*small, staged * 264, staged * 512])
+    # Inside a node ids travel by XLA; tokens, weights and sums by the kernels.
+    small = staged * 4 * TOP_K
+    assert _messages(kernels, "gpu") == [small]
+    assert _messages(portable, "gpu") == sorted([small, small, staged * 264, staged * 512])
 
 
 def _calls(text: str) -> list[dict[str, str]]:
@@ -161,7 +161,7 @@ def test_attributes_of_the_kernels() -> None:
     dispatch, combine = _calls(text)
     common = {"num_ranks": "2", "num_tokens": str(24 + 3 * 10), "num_sms": "0", "channel": "0"}
     assert dispatch == common | {"token_bytes": "256", "num_scales": "2"}
-    assert combine == common | {"token_bytes": "512"}
+    assert combine == common | {"token_bytes": "512", "top_k": "3"}
     assert text.count("groups = dense<[0, 1, 2, 3, 4, 5, 6, 7]>") == 2
 
 

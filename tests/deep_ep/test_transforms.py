@@ -199,12 +199,13 @@ def _lowered(setup: Setup, platform: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("setup", "messages"), [(FLAT, (3, 2, 2)), (NODES, (10, 2, 2))], ids=["flat", "nodes"]
+    ("setup", "messages"), [(FLAT, (2, 2, 2)), (NODES, (9, 2, 2))], ids=["flat", "nodes"]
 )
 def test_messages_of_a_layer(setup: Setup, messages: tuple[int, int, int]) -> None:
     """Ids; tokens; weights and results; back: the cotangent, products for weights, of tokens.
 
-    Over one axis kernels carry tokens and results both ways; over two, between the GPUs of a node.
+    Over one axis kernels carry tokens, and results with their weights; over two, between the GPUs
+    of a node.
     """
     text = _lowered(setup, "cuda")
     targets = (

@@ -1,14 +1,16 @@
 // One round of a window (link.h), as every CTA of a communication kernel goes through it.
 //
-//   Round round(link);
-//   bool alive = round.begin();      // peers' staging is free
+//   const Round round = Round::next(link);
+//   bool alive = round.begin(axis_index);  // peers' staging is free
 //   if (alive) ...store...
-//   round.send();                    // ours are stored
-//   alive = round.receive(alive);    // everybody's have arrived
+//   round.send();                          // ours are stored
+//   alive = round.receive(alive);          // everybody's have arrived
 //   ...read...
 //   round.end();
 //
-// All CTAs must be on the GPU together: they wait for each other through the peers.
+// An operation in two halves sends in one kernel and receives in another, which is told the slot.
+// Small data that are needed early travel ahead as notes: announce() and hear(). All CTAs must be
+// on the GPU together: they wait for each other through the peers.
 #pragma once
 
 #include "comm/kernels/link.h"
@@ -18,17 +20,35 @@ namespace jax_ds::comm {
 
 struct Round {
   const Link& link;
+  const int slot;
+  Progress* const progress;
   const u64 number;
+  const u64 earlier_ctas;
 
-  // `number` is read before any CTA can end the round, because every CTA takes part in the end.
-  JAX_DS_DEVICE explicit Round(const Link& link) : link(link), number(link.progress->round + 1) {}
+  // The unfinished round in `slot`, or the next one there. Counters are read before the round can
+  // end, because every CTA takes part in the end.
+  JAX_DS_DEVICE Round(const Link& link, int slot)
+      : link(link),
+        slot(slot),
+        progress(&link.counters->slots[slot]),
+        number(link.counters->slots[slot].round + 1),
+        earlier_ctas(link.counters->slots[slot].ctas) {}
 
-  static JAX_DS_DEVICE Signals* signals(const Link& link, int rank) {
-    return reinterpret_cast<Signals*>(link.windows[rank]);
+  // A new round in the slot whose turn it is; in the other, if only that is free. Ranks choose
+  // alike, because they start and finish rounds in the same order.
+  static JAX_DS_DEVICE Round next(const Link& link) {
+    const int turn = link.counters->next;
+    const Progress& at_turn = link.counters->slots[turn];
+    const bool taken = at_turn.started != at_turn.round;
+    return Round(link, taken && link.num_slots == 2 ? 1 - turn : turn);
   }
 
-  static JAX_DS_DEVICE char* staging(const Link& link, int rank) {
-    return link.windows[rank] + kStagingOffset;
+  JAX_DS_DEVICE Signals* signals(int rank) const {
+    return reinterpret_cast<Signals*>(link.windows[rank] + slot * link.slot_bytes);
+  }
+
+  JAX_DS_DEVICE char* staging(int rank) const {
+    return link.windows[rank] + slot * link.slot_bytes + kStagingOffset;
   }
 
   JAX_DS_DEVICE void fail(Fault fault, int rank, int peer) const {
@@ -67,51 +87,74 @@ struct Round {
         fail(Fault::kRankMismatch, mesh_rank, link.rank);
         ok = false;
       }
-      const Signals* mine = signals(link, link.rank);
-      ok = wait(&mine->consumed[threadIdx.x], number - 1, threadIdx.x) && ok;
+      if (progress->started == number) {
+        fail(Fault::kNoSlot, link.rank, link.rank);
+        ok = false;
+      }
+      ok = wait(&signals(link.rank)->consumed[threadIdx.x], earlier_ctas, threadIdx.x) && ok;
     }
     return __syncthreads_and(ok);
   }
 
-  // The last CTA to come here tells every rank, unless one of them could not begin.
+  // Tells `rank` that the notes which this CTA, alone, has stored there are complete.
+  JAX_DS_DEVICE void announce(int rank) const {
+    __syncthreads();
+    if (threadIdx.x == 0) red_release_sys_add(&signals(rank)->announced[link.rank], 1);
+  }
+
+  // Waits for everybody's notes.
+  JAX_DS_DEVICE bool hear(bool alive) const {
+    return wait_for_all(alive, signals(link.rank)->announced, number);
+  }
+
+  // Tells every rank that this CTA has stored its records, unless a CTA could not begin.
   JAX_DS_DEVICE void send() const {
-    if (!last_cta(&link.progress->sent)) return;
-    if (threadIdx.x < link.num_ranks && ld_relaxed_gpu(link.dead) == 0) {
-      red_release_sys_add(&signals(link, threadIdx.x)->arrived[link.rank], 1);
-    }
+    tell(&Signals::arrived);
+    if (!last_of_grid(&progress->sent)) return;
+    progress->sent = 0;
+    progress->started = number;
+    link.counters->next = (slot + 1) % link.num_slots;
   }
 
+  // Waits for everybody's records.
   JAX_DS_DEVICE bool receive(bool alive) const {
-    bool ok = alive;
-    if (alive && threadIdx.x < link.num_ranks) {
-      ok = wait(&signals(link, link.rank)->arrived[threadIdx.x], number, threadIdx.x);
-    }
-    return __syncthreads_and(ok);
+    return wait_for_all(alive, signals(link.rank)->arrived, earlier_ctas + gridDim.x);
   }
 
+  // Tells every rank that this CTA has read what it had to.
   JAX_DS_DEVICE void end() const {
-    if (!last_cta(&link.progress->left)) return;
-    if (threadIdx.x < link.num_ranks && ld_relaxed_gpu(link.dead) == 0) {
-      red_release_sys_add(&signals(link, threadIdx.x)->consumed[link.rank], 1);
-    }
-    if (threadIdx.x == 0) {
-      link.progress->sent = 0;
-      link.progress->left = 0;
-      link.progress->round = number;
-    }
+    tell(&Signals::consumed);
+    if (!last_of_grid(&progress->left)) return;
+    progress->left = 0;
+    progress->ctas = earlier_ctas + gridDim.x;
+    progress->round = number;
   }
 
  private:
-  // True in all threads of the CTA that is the last of the grid to add to `count`; what all CTAs
-  // did before happens before what it does next.
-  static JAX_DS_DEVICE bool last_cta(u32* count) {
-    __shared__ bool last;
+  using Words = u64 (Signals::*)[kMaxRanks];
+
+  // What the CTA did before happens before the rank sees the signal.
+  JAX_DS_DEVICE void tell(Words words) const {
     __syncthreads();
-    if (threadIdx.x == 0) last = atom_acq_rel_gpu_add(count, 1) + 1 == gridDim.x;
-    __syncthreads();
-    const bool is_last = last;
-    __syncthreads();
-    return is_last;
+    const int rank = threadIdx.x;
+    if (rank < link.num_ranks && ld_relaxed_gpu(link.dead) == 0) {
+      red_release_sys_add(&(signals(rank)->*words)[link.rank], 1);
+    }
+  }
+
+  // Whether all ranks' words, indexed by rank, reach `value`.
+  JAX_DS_DEVICE bool wait_for_all(bool alive, const u64* words, u64 value) const {
+    bool ok = alive;
+    if (alive && threadIdx.x < link.num_ranks) {
+      ok = wait(words + threadIdx.x, value, threadIdx.x);
+    }
+    return __syncthreads_and(ok);
+  }
+
+  // True in one thread of the CTA that is the last of the grid to come here. Nobody waits for it,
+  // and it is a thread that signals no rank: what it does is for the next kernel.
+  JAX_DS_DEVICE bool last_of_grid(u32* count) const {
+    return threadIdx.x == kMaxRanks && atom_acq_rel_gpu_add(count, 1) + 1 == gridDim.x;
   }
 };
 

@@ -2,13 +2,16 @@
 // into its rows. A rank's own tokens go to their rows directly.
 #pragma once
 
-#include "comm/kernels/round.cuh"
 #include "deep_ep/kernels/records.cuh"
 
 namespace jax_ds::deep_ep {
 
 struct DispatchKernel {
   const DispatchParams& p;
+  const comm::Round round;
+
+  JAX_DS_DEVICE explicit DispatchKernel(const DispatchParams& p)
+      : p(p), round(comm::Round::next(p.link)) {}
 
   JAX_DS_DEVICE i64 bytes() const { return static_cast<i64>(p.record.vectors) * 16; }
 
@@ -26,23 +29,24 @@ struct DispatchKernel {
     return p.row_scales + static_cast<i64>(c) * p.record.num_scales;
   }
 
-  // Slot `slot` in the staging of `rank`.
   JAX_DS_DEVICE char* staged(int rank, i64 slot) const {
-    return comm::Round::staging(p.link, rank) + slot * p.record.stride;
+    return record_at(round, p.record, rank, slot);
   }
 
   JAX_DS_DEVICE void push() const {
     const u32 others = ~(1u << p.link.rank);
     const i64 first_slot = static_cast<i64>(p.link.rank) * p.num_tokens;
-    for (int t = grid_warp(); t < p.num_tokens; t += grid_warps()) {
-      const u32 ranks = others & ranks_of(p.needed, p.link.num_ranks, p.num_tokens, t);
-      if (ranks == 0) continue;
+    const auto needed_by = [&](int t) {
+      return others & ranks_of(p.needed, p.link.num_ranks, p.num_tokens, t);
+    };
+    for_each_ahead(p.num_tokens, needed_by, [&](int t, u32 ranks) {
+      if (ranks == 0) return;
       fan_out(token(t), p.record.vectors, ranks, [&](int r) { return staged(r, first_slot + t); });
-      if (p.scales == nullptr) continue;
+      if (p.scales == nullptr) return;
       fan_out_floats(token_scales(t), p.record.num_scales, ranks, [&](int r) {
         return reinterpret_cast<float*>(staged(r, first_slot + t) + bytes());
       });
-    }
+    });
   }
 
   // Rows without a token are zero, with scales 1; `poison` makes every row NaN.
@@ -53,10 +57,7 @@ struct DispatchKernel {
       const bool empty = c < p.capacity && (poison || p.row_source[c] < 0);
       for (u32 left = __ballot_sync(kAllLanes, empty); left != 0; left &= left - 1) {
         const int at = static_cast<int>(base) + __ffs(left) - 1;
-        fill(row(at), p.record.vectors, poison ? 0xffffffffu : 0);
-        if (p.row_scales == nullptr) continue;
-        const float scale = poison ? __int_as_float(0x7fffffff) : 1.0f;
-        for (int i = lane; i < p.record.num_scales; i += 32) row_scales(at)[i] = scale;
+        fill_row(row(at), p.row_scales == nullptr ? nullptr : row_scales(at), p.record, poison);
       }
     }
   }
@@ -64,35 +65,22 @@ struct DispatchKernel {
   JAX_DS_DEVICE void expand() const {
     const int num_slots = p.link.num_ranks * p.num_tokens;
     const int first_own = p.link.rank * p.num_tokens;
-    int slot = grid_warp();
-    int next = slot < num_slots ? row_in_lane(p.row_of, p.columns, slot) : -1;
-    for (; slot < num_slots; slot += grid_warps()) {
-      const int mine = next;
-      const int following = slot + grid_warps();
-      // Fetched early: only with its rows can the next record be moved.
-      next = following < num_slots ? row_in_lane(p.row_of, p.columns, following) : -1;
+    const auto rows_of = [&](int slot) { return row_in_lane(p.row_of, p.columns, slot); };
+    for_each_ahead(num_slots, rows_of, [&](int slot, int mine) {
       const u32 mask = __ballot_sync(kAllLanes, mine >= 0);
-      if (mask == 0) continue;
+      if (mask == 0) return;
       const int t = slot - first_own;
       const bool own = t >= 0 && t < p.num_tokens;
       const char* from = own ? token(t) : staged(p.link.rank, slot);
       fan_out(from, p.record.vectors, mask,
               [&](int j) { return row(__shfl_sync(kAllLanes, mine, j)); });
-      if (p.row_scales == nullptr) continue;
+      if (p.row_scales == nullptr) return;
       const float* scales = own ? token_scales(t) : reinterpret_cast<const float*>(from + bytes());
-      scatter_scales(scales, mask, mine);
-    }
-  }
-
-  JAX_DS_DEVICE void scatter_scales(const float* from, u32 mask, int mine) const {
-    for (u32 left = mask; left != 0; left &= left - 1) {
-      float* out = row_scales(__shfl_sync(kAllLanes, mine, __ffs(left) - 1));
-      for (int i = lane_id(); i < p.record.num_scales; i += 32) out[i] = from[i];
-    }
+      scatter_scales(scales, p.record.num_scales, mask, mine, p.row_scales);
+    });
   }
 
   JAX_DS_DEVICE void run() const {
-    const comm::Round round(p.link);
     bool alive = round.begin(p.axis_index);
     if (alive) push();
     round.send();
@@ -108,7 +96,7 @@ struct DispatchKernel {
 };
 
 __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ DispatchParams p) {
-  DispatchKernel{p}.run();
+  DispatchKernel(p).run();
 }
 
 }  // namespace jax_ds::deep_ep

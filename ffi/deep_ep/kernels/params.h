@@ -2,7 +2,8 @@
 //
 // T tokens a rank, K ids a token, J columns, H hidden, C rows; slot b = r * T + t of a rank's
 // buffer belongs to token t of source rank r (B = R*T). jax_ds/deep_ep/plan.py defines the integer
-// arrays.
+// arrays. The staging holds B records and then, where a call has them, notes: K words for each
+// token of each rank, in the order of slots.
 #pragma once
 
 #include "comm/kernels/link.h"
@@ -12,6 +13,7 @@ namespace jax_ds::deep_ep {
 constexpr int kThreads = 512;
 
 // A record: `vectors` pieces of 16 bytes, then `num_scales` floats; `stride` bytes in the staging.
+// A warp moves a record part by part.
 struct Record {
   int vectors;
   int num_scales;
@@ -37,12 +39,14 @@ struct DispatchParams {
 struct CombineParams {
   comm::Link link;
   const int* axis_index;        // []
+  int* ticket;                  // [] the slot, from a first half to a second; null: whole
   const void* rows;             // [C, H]
-  const float* weights;         // [B, J], null: every row counts once
+  const float* weights;         // [T, K] of this rank's tokens, null: every row counts once
   const int* row_of;            // [B, J]
   const int* column;            // [B, K]: a slot with any column >= 0 holds a token
   const unsigned char* needed;  // bool [R, T]
   void* y;                      // [T, H]
+  float* by_column;             // [B, J] the weights that came, as columns; null: not wanted
   Record record;
   int num_tokens, columns, top_k;
 };
