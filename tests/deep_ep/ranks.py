@@ -19,6 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_ds import deep_ep
+from jax_ds._runtime.varying import to_varying
 from jax_ds.quantization import quantize_1x128
 from tests.gpu import multirank
 
@@ -98,16 +99,22 @@ def expert_ids(sizes: Sizes, key: Array, routing: Array) -> Array:
     return jnp.stack(kinds)[routing].astype(jnp.int32)
 
 
-def on_ranks(function: Callable[..., Any]) -> Callable[..., Any]:
+def on_ranks(
+    function: Callable[..., Any], compiler_options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """`function` of replicated arguments on every rank, jitted; results are summed over ranks."""
     shape = (nodes(), jax.device_count() // nodes())
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
 
     def per_rank(*args: Any) -> Any:
         args = jax.tree.map(lambda a: jax.lax.pcast(a, AXES, to="varying"), args)
-        return jax.tree.map(lambda a: jax.lax.psum(a, AXES), function(*args))
+        results = to_varying(function(*args), AXES)  # without tokens they may be constants
+        return jax.tree.map(lambda a: jax.lax.psum(a, AXES), results)
 
-    mapped = jax.jit(jax.shard_map(per_rank, mesh=mesh, in_specs=P(), out_specs=P()))
+    mapped = jax.jit(
+        jax.shard_map(per_rank, mesh=mesh, in_specs=P(), out_specs=P()),
+        compiler_options=compiler_options,
+    )
     return lambda *args: jax.tree.map(np.asarray, mapped(*args))
 
 

@@ -46,6 +46,7 @@ SIZES = {
     "drops": Sizes(tokens=200, hidden=512, top_k=8, experts=32, capacity=384, alignment=128),
     "float32": Sizes(tokens=7, hidden=640, top_k=16, experts=3, dtype="float32", num_sms=1),
     "widest": Sizes(tokens=24, hidden=8192, top_k=16, experts=64),
+    "rounds": Sizes(tokens=150, hidden=7168, top_k=8, experts=4),  # five, the last one shorter
     "many_tokens": Sizes(tokens=8192, hidden=512, top_k=2, experts=1),
     "least": Sizes(tokens=1, hidden=512, top_k=1, experts=1),
     "no_tokens": Sizes(tokens=0, hidden=512, experts=64),
@@ -109,6 +110,52 @@ def test_gradient_of_a_scan_over_layers(ranks: int) -> None:
     result = on_ranks(run)(jax.random.key(7))
     assert all(error < 0.02 * ranks for error in jax.tree.leaves(result["close"])), result
     assert not any(jax.tree.leaves(result["same"])), result
+
+
+def test_many_calls(ranks: int) -> None:
+    """21,000 calls of small integers with random routing; every rank works out what it must get."""
+    sizes = Sizes(tokens=8, hidden=256, top_k=3)
+    steps = 7_000
+
+    def step(wrong: Array, key: Array) -> tuple[Array, None]:
+        me, experts = jax.lax.axis_index("ep"), sizes.experts
+        shape = (sizes.tokens, sizes.top_k)
+
+        def of_rank(rank: Array) -> tuple[Array, Array, Array]:
+            mine = jax.random.fold_in(key, rank)
+            ids = jax.random.randint(mine, shape, -sizes.num_experts // 4, sizes.num_experts)
+            x = jax.random.randint(mine, (sizes.tokens, sizes.hidden), -8, 9)
+            return ids, x.astype(jnp.bfloat16), jax.random.randint(mine, shape, 0, 3)
+
+        ids, x, weights = jax.vmap(of_rank)(jnp.arange(ranks))
+        plan = sizes.plan(ids[me])
+        rows = deep_ep.dispatch(x[me], plan, implementation="cuda")
+        held = (plan.row_source >= 0)[:, None]
+        source = x.reshape(-1, sizes.hidden)[jnp.maximum(plan.row_source, 0) // plan.sizes.columns]
+        wrong += different(rows, jnp.where(held, source, 0))
+
+        # Expert e multiplies by 1 + e % 3.
+        bounds = jnp.cumsum(plan.group_sizes)
+        expert = jnp.sum(jnp.arange(rows.shape[0])[:, None] >= bounds[None], axis=1)
+        out = rows * (1 + (me * experts + expert) % 3)[:, None].astype(rows.dtype)
+        factor = jnp.where(ids[me] >= 0, 1 + ids[me] % 3, 0)
+        again = ids[me][:, :, None] == ids[me][:, None, :]
+        first = jnp.argmax(again, axis=2) == jnp.arange(sizes.top_k)[None]
+        for given, gain in (
+            (weights[me].astype(jnp.float32), jnp.sum(factor * weights[me], axis=1)),
+            (None, jnp.sum(factor * first, axis=1)),
+        ):
+            y = deep_ep.combine(out, plan, given, implementation="cuda")
+            want = x[me].astype(jnp.float32) * gain[:, None].astype(jnp.float32)
+            wrong += jnp.sum(y.astype(jnp.float32) != want)
+        return wrong, None
+
+    def run(key: Array) -> dict[str, Array]:
+        keys = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index("node")), steps)
+        start = jax.lax.pcast(jnp.zeros((), jnp.int32), ("node", "ep"), to="varying")
+        return {"wrong": jax.lax.scan(step, start, keys)[0]}
+
+    assert on_ranks(run)(jax.random.key(13))["wrong"] == 0
 
 
 def test_many_rounds_with_delays(ranks: int) -> None:

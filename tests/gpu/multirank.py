@@ -27,6 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 _TESTS = [
     "tests/moe/test_multirank.py",
     "tests/deep_ep/test_multinode.py",
+    "tests/deep_ep/test_multirank_low_latency.py",
     "tests/deep_ep/test_multirank.py",  # the last: its last test ends the use of the GPU
     "-q",
     "-m",
