@@ -1,16 +1,20 @@
 """Dispatch and combine over the ranks of one host: `python -m benchmarks.deep_ep [--ranks 8]`.
 
 One process for each rank, on one GPU if need be (tests/gpu/multirank.py says what that takes); rank
-0 prints and saves. A row is the time of one round, from 50 rounds in one program that depend on
-each other: the median over repetitions of the slowest rank. Where ranks share a GPU their traffic
-adds up in one memory, so compare with the floor of that machine, and with the portable
-implementation of the same run; NVLink is not measured.
+0 prints each row as it is measured, and saves. A row is the time of one round, from 50 rounds
+unrolled in one program, each behind the one before (the portable implementation of 4096 tokens: 10
+rounds): the median over repetitions of the slowest rank. GB/s are what a rank sends to others.
+Where ranks share a GPU their traffic adds up in one memory, so compare with the floor of that
+machine, with the copy that all ranks make at once, and with the portable implementation of the same
+run; NVLink is then not measured.
 """
 
 import argparse
 import dataclasses
+import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +27,6 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import timing
 from jax_ds import deep_ep
-from jax_ds.deep_ep import DispatchPlan
 from jax_ds.quantization import quantize_1x128
 from tests.gpu import multirank
 
@@ -35,11 +38,12 @@ class Case:
     """Sizes as in the papers: DeepSeek-V3 with uniform routing."""
 
     tokens: int = 4096
+    few_tokens: int = 128  # low latency
     hidden: int = 7168
     experts: int = 256
     top_k: int = 8
     rounds: int = 50
-    repetitions: int = 5
+    repetitions: int = 7
     num_sms: int | None = None
 
     @property
@@ -47,31 +51,112 @@ class Case:
         """An eighth above the mean load."""
         return -(-self.tokens * self.top_k * 9 // 8 // 128) * 128
 
-
-def _chain(rounds: int, one: Callable[[Any], Any], operand: Any) -> Any:
-    """`one(operand)` again and again, each after the one before; the last result."""
-    result = one(operand)
-    for _ in range(rounds - 1):
-        operand, _ = jax.lax.optimization_barrier((operand, result))
-        result = one(operand)
-    return result
+    def rounds_of(self, name: str) -> int:
+        slow = "portable" in name and "low latency" not in name
+        return min(10, self.rounds) if slow else self.rounds
 
 
-def _programs(case: Case, mesh: jax.sharding.Mesh, implementation: str) -> dict[str, Any]:
-    """Name to (program, operands), each on all ranks."""
-    spec = P("ep")
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One row: a round is `one(before, *operands)`, and is to come after the result `before`."""
 
-    def on_ranks(function: Callable[..., Any]) -> Any:
+    name: str
+    one: Callable[..., Any]
+    operands: tuple[Any, ...]
+    sent: float  # bytes that this rank sends to others
+    target: str  # of the custom call, empty for the portable implementation
+
+
+def _chain(program: Program, rounds: int) -> Callable[..., Any]:
+    """`one` again and again, each round behind the one before; the last result."""
+
+    def run(*operands: Any) -> Any:
+        result = None
+        for _ in range(rounds):
+            result = program.one(result, *operands)
+        return result
+
+    return run
+
+
+def _behind(array: Array, before: Any) -> Array:
+    """The same array, which XLA can only know once `before` is there: one small kernel.
+
+    A barrier would not do: XLA drops what comes out of it unused, and then the rounds but the last.
+    """
+    if before is None:
+        return array
+    first = jax.tree.leaves(before)[0].ravel()[0].astype(jnp.float32)
+    # Nothing here is infinite.
+    return jnp.where(jnp.isinf(first), jnp.zeros((), array.dtype), array)
+
+
+class Ranks:
+    """The mesh of all ranks, and programs on it: arguments and results have a leading rank axis."""
+
+    def __init__(self) -> None:
+        self.mesh = jax.make_mesh((jax.device_count(),), ("ep",), axis_types=(AxisType.Auto,))
+
+    def jit(self, function: Callable[..., Any]) -> Any:
         def per_rank(*args: Any) -> Any:
             return jax.tree.map(lambda a: a[None], function(*jax.tree.map(lambda a: a[0], args)))
 
-        return jax.jit(jax.shard_map(per_rank, mesh=mesh, in_specs=spec, out_specs=spec))
+        spec = P("ep")
+        return jax.jit(jax.shard_map(per_rank, mesh=self.mesh, in_specs=spec, out_specs=spec))
 
-    def operands(seed: Array) -> Any:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), seed), 4)
-        ids = jax.lax.top_k(jax.random.uniform(keys[0], (case.tokens, case.experts)), case.top_k)[1]
+    def each(self, function: Callable[[Array], Any]) -> Any:
+        """`function(key of the rank)` on every rank."""
+        ranks = jax.device_put(np.arange(self.mesh.size), jax.NamedSharding(self.mesh, P("ep")))
+        return self.jit(lambda r: function(jax.random.fold_in(jax.random.key(0), r)))(ranks)
+
+    def slowest(self, mine: float) -> float:
+        """The largest of the ranks' numbers; they leave it together."""
+        sharding = jax.NamedSharding(self.mesh, P("ep"))
+        local = [jax.device_put(np.full(1, mine, np.float32), d) for d in self.mesh.local_devices]
+        numbers = jax.make_array_from_single_device_arrays((self.mesh.size,), sharding, local)
+        return float(np.asarray(self._largest(numbers))[0])
+
+    @property
+    def _largest(self) -> Any:
+        if not hasattr(self, "_compiled"):
+            self._compiled = jax.jit(
+                jax.shard_map(
+                    lambda a: jax.lax.pmax(a, "ep"),
+                    mesh=self.mesh,
+                    in_specs=P("ep"),
+                    out_specs=P(),
+                )
+            )
+        return self._compiled
+
+
+def _ids(case: Case, tokens: int, key: Array) -> Array:
+    scores = jax.random.uniform(key, (tokens, case.experts))
+    return jax.lax.top_k(scores, case.top_k)[1].astype(jnp.int32)
+
+
+def _sent(ranks: Ranks, needed: Array) -> float:
+    """Tokens that this rank sends to others."""
+
+    def count(needed: Array) -> Array:
+        own = needed[jax.lax.axis_index("ep")]
+        return jnp.sum(needed, dtype=jnp.int32) - jnp.sum(own, dtype=jnp.int32)
+
+    per_rank = ranks.jit(count)(needed)
+    return float(np.mean([shard.data for shard in per_rank.addressable_shards]))
+
+
+def _names(implementation: str) -> str:
+    return "kernel" if implementation == "cuda" else "portable"
+
+
+def _throughput(case: Case, ranks: Ranks, implementation: str) -> list[Program]:
+    """`dispatch` and `combine`."""
+
+    def operands(key: Array) -> Any:
+        keys = jax.random.split(key, 4)
         plan = deep_ep.plan_dispatch(
-            ids.astype(jnp.int32),
+            _ids(case, case.tokens, keys[0]),
             num_experts=case.experts,
             axis_name="ep",
             capacity=case.capacity,
@@ -81,76 +166,174 @@ def _programs(case: Case, mesh: jax.sharding.Mesh, implementation: str) -> dict[
         weights = jax.random.uniform(keys[3], (case.tokens, case.top_k))
         return plan, x, quantize_1x128(x), rows, weights
 
-    options: dict[str, Any] = {"implementation": implementation, "num_sms": case.num_sms}
+    options: Any = {"implementation": implementation, "num_sms": case.num_sms}
 
-    def dispatch(plan: DispatchPlan, x: Any) -> Any:
-        return _chain(case.rounds, lambda x: deep_ep.dispatch(x, plan, **options), x)
+    def dispatch(before: Any, x: Any, plan: Any) -> Any:
+        route = dataclasses.replace(plan.route, needed=_behind(plan.route.needed, before))
+        return deep_ep.dispatch(x, dataclasses.replace(plan, route=route), **options)
 
-    def combine(plan: DispatchPlan, rows: Array, weights: Array) -> Array:
-        y: Array = _chain(case.rounds, lambda r: deep_ep.combine(r, plan, weights, **options), rows)
-        return y
+    def combine(before: Any, rows: Array, plan: Any, weights: Array) -> Any:
+        return deep_ep.combine(rows, plan, _behind(weights, before), **options)
 
-    ranks = jax.device_put(np.arange(mesh.size), jax.NamedSharding(mesh, spec))
-    plan, x, quantized, rows, weights = on_ranks(operands)(ranks)
-    return {
-        "dispatch fp8": (on_ranks(dispatch), (plan, quantized)),
-        "dispatch bf16": (on_ranks(dispatch), (plan, x)),
-        "combine bf16": (on_ranks(combine), (plan, rows, weights)),
-    }
-
-
-def _slowest(mesh: jax.sharding.Mesh) -> Callable[[float], float]:
-    """The largest of the ranks' numbers."""
-    spec = P("ep")
-    largest = jax.jit(
-        jax.shard_map(lambda a: jax.lax.pmax(a, "ep"), mesh=mesh, in_specs=spec, out_specs=P())
-    )
-
-    def over_ranks(mine: float) -> float:
-        local = [
-            jax.device_put(np.full(1, mine, np.float32), device) for device in mesh.local_devices
-        ]
-        shape, sharding = (mesh.size,), jax.NamedSharding(mesh, spec)
-        all_of_them = jax.make_array_from_single_device_arrays(shape, sharding, local)
-        return float(np.asarray(largest(all_of_them))[0])
-
-    return over_ranks
+    plan, x, quantized, rows, weights = ranks.each(operands)
+    sent = _sent(ranks, plan.route.needed)
+    fp8, bf16 = case.hidden + 4 * (case.hidden // 128), 2 * case.hidden
+    name, kernel = _names(implementation), implementation == "cuda"
+    target = "jax_ds_deep_ep_dispatch" if kernel else ""
+    other = "jax_ds_deep_ep_combine" if kernel else ""
+    return [
+        Program(f"dispatch fp8 {name}", dispatch, (quantized, plan), sent * fp8, target),
+        Program(f"combine bf16 {name}", combine, (rows, plan, weights), sent * bf16, other),
+        Program(f"dispatch bf16 {name}", dispatch, (x, plan), sent * bf16, target),
+    ]
 
 
-def _sent(plan: DispatchPlan, mesh: jax.sharding.Mesh) -> float:
-    """Tokens that the mean rank sends to other ranks."""
+def _low_latency(case: Case, ranks: Ranks, implementation: str) -> list[Program]:
+    """`low_latency_dispatch` and `low_latency_combine`, whole."""
 
-    def count(needed: Array) -> Array:
-        own = needed[0, jax.lax.axis_index("ep")]
-        return jax.lax.pmean(jnp.sum(needed, dtype=jnp.int32) - jnp.sum(own, dtype=jnp.int32), "ep")
+    def order(array: Array, before: Any) -> tuple[Array, Any]:
+        """Kernels are ordered by operands that they do not read, at no cost."""
+        if implementation == "cuda":
+            return array, () if before is None else jax.tree.leaves(before)[0]
+        return _behind(array, before), ()
 
-    mapped = jax.shard_map(count, mesh=mesh, in_specs=P("ep"), out_specs=P())
-    return float(np.asarray(jax.jit(mapped)(plan.route.needed)))
+    def dispatch(before: Any, ids: Array, x: Array) -> Any:
+        ids, after = order(ids, before)
+        return deep_ep.low_latency_dispatch(
+            x,
+            ids,
+            num_experts=case.experts,
+            max_tokens=case.few_tokens,
+            axis_name="ep",
+            after=after,
+            implementation=implementation,  # type: ignore[arg-type]
+        )
+
+    def combine(before: Any, weights: Array, rows: Array, handle: Any) -> Array:
+        weights, after = order(weights, before)
+        return deep_ep.low_latency_combine(
+            rows,
+            handle,
+            weights,
+            after=after,
+            implementation=implementation,  # type: ignore[arg-type]
+        )
+
+    def operands(key: Array) -> Any:
+        keys = jax.random.split(key, 4)
+        ids = _ids(case, case.few_tokens, keys[0])
+        x = jax.random.normal(keys[1], (case.few_tokens, case.hidden), jnp.bfloat16)
+        _, _, handle = dispatch(None, ids, x)
+        shape = (case.experts // jax.lax.axis_size("ep"), handle.sizes.region, case.hidden)
+        rows = jax.random.normal(keys[2], shape, jnp.bfloat16)
+        weights = jax.random.uniform(keys[3], (case.few_tokens, case.top_k))
+        return ids, x, handle, rows, weights
+
+    ids, x, handle, rows, weights = ranks.each(operands)
+    sent = _sent(ranks, handle.route.needed)
+    fp8, bf16 = case.hidden + 4 * (case.hidden // 128), 2 * case.hidden
+    name, kernel = _names(implementation), implementation == "cuda"
+    target = "jax_ds_deep_ep_low_latency_dispatch" if kernel else ""
+    other = "jax_ds_deep_ep_low_latency_combine" if kernel else ""
+    return [
+        Program(f"low latency dispatch fp8 {name}", dispatch, (ids, x), sent * fp8, target),
+        Program(
+            f"low latency combine bf16 {name}", combine, (weights, rows, handle), sent * bf16, other
+        ),
+    ]
 
 
-def measure(case: Case, implementations: tuple[str, ...]) -> dict[str, timing.Timing]:
-    """On every rank alike: the times and, as `bytes`, what a rank sends to others."""
-    mesh = jax.make_mesh((jax.device_count(),), ("ep",), axis_types=(AxisType.Auto,))
-    slowest = _slowest(mesh)
+def _copy(ranks: Ranks) -> list[Program]:
+    """What the memory gives when every rank copies: the yardstick."""
+    big = ranks.each(lambda key: jax.random.normal(key, (1 << 26,), jnp.bfloat16))
+
+    def negate(before: Any, a: Array) -> Array:
+        return -(a if before is None else jax.lax.optimization_barrier(before))
+
+    return [Program("yardstick: negation, bytes moved", negate, (big,), 4.0 * (1 << 26), "")]
+
+
+def time_program(case: Case, ranks: Ranks, program: Program) -> timing.Timing:
+    """The median over repetitions of the slowest rank's time for one round."""
+    rounds = case.rounds_of(program.name)
+    compiled = ranks.jit(_chain(program, rounds)).lower(*program.operands).compile()
+    calls = compiled.as_text().count(f'custom_call_target="{program.target}"')
+    if program.target and calls != rounds:
+        raise RuntimeError(f"{program.name}: {calls} calls are left of {rounds} rounds")
+    jax.block_until_ready(compiled(*program.operands))
+    times = []
+    for _ in range(case.repetitions):
+        ranks.slowest(0.0)
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*program.operands))
+        times.append(ranks.slowest((time.perf_counter() - start) / rounds * 1e6))
+    kernels = (program.target,) if program.target else ()
+    return timing.Timing(float(np.median(times)), min(times), kernels, program.sent, 0.0)
+
+
+def measure(case: Case, only: str, say: Callable[[str], None]) -> dict[str, timing.Timing]:
+    """Rows whose names contain `only`, on every rank alike; `say` hears of each at once."""
+    ranks = Ranks()
+    groups: list[Callable[[], list[Program]]] = [
+        lambda: _copy(ranks),
+        lambda: _throughput(case, ranks, "cuda"),
+        lambda: _low_latency(case, ranks, "cuda"),
+        lambda: _throughput(case, ranks, "xla"),
+        lambda: _low_latency(case, ranks, "xla"),
+    ]
     timings = {}
-    for implementation in implementations:
-        for name, (program, operands) in _programs(case, mesh, implementation).items():
-            jax.block_until_ready(program(*operands))
-            times = []
-            for _ in range(case.repetitions):
-                slowest(0.0)  # the ranks start together
-                start = time.perf_counter()
-                jax.block_until_ready(program(*operands))
-                times.append(slowest((time.perf_counter() - start) / case.rounds * 1e6))
-            sent = _sent(operands[0], mesh)
-            record = case.hidden * (1 if "fp8" in name else 2)
-            record += 4 * (case.hidden // 128) if "fp8" in name else 0
-            timings[f"{name} {implementation}"] = timing.Timing(
-                float(np.median(times)), min(times), (name,), sent * record, 0.0
+    for make in groups:
+        for program in make():
+            if only not in program.name:
+                continue
+            row = timings[program.name] = time_program(case, ranks, program)
+            say(
+                f"{program.name:36} {row.us:9.1f} us  fastest {row.fastest_us:9.1f}  "
+                f"{row.bytes / 1e6:7.2f} MB  {row.gb_s:6.0f} GB/s"
             )
     if jax.default_backend() == "gpu":
         deep_ep.check()
     return timings
+
+
+def show_overlap(case: Case, say: Callable[[str], None]) -> None:
+    """The kernels of one program in which a matrix product runs between the halves."""
+    ranks = Ranks()
+
+    def operands(key: Array) -> Any:
+        keys = jax.random.split(key, 3)
+        x = jax.random.normal(keys[0], (case.few_tokens, case.hidden), jnp.bfloat16)
+        a = jax.random.normal(keys[1], (case.hidden, 2048), jnp.bfloat16)
+        return x, _ids(case, case.few_tokens, keys[2]), a
+
+    def halves(x: Array, ids: Array, a: Array) -> Any:
+        in_flight = deep_ep.low_latency_dispatch_start(
+            x, ids, num_experts=case.experts, max_tokens=case.few_tokens, axis_name="ep"
+        )
+        shared = x @ a
+        rows, _, handle = deep_ep.low_latency_dispatch_finish(in_flight, after=shared)
+        shape = (*rows.shape[:2], case.hidden)
+        flight = deep_ep.low_latency_combine_start(
+            jnp.zeros(shape, x.dtype), handle, jnp.ones(ids.shape)
+        )
+        more = shared @ a.T
+        return shared, deep_ep.low_latency_combine_finish(flight, after=more), more
+
+    arguments = ranks.each(operands)
+    # A command buffer would hide which program a kernel belongs to.
+    options = {"xla_gpu_graph_min_graph_size": 1 << 30}
+    program = ranks.jit(halves).lower(*arguments).compile(compiler_options=options)
+    jax.block_until_ready(program(*arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(2):
+                ranks.slowest(0.0)
+                jax.block_until_ready(program(*arguments))
+        file = next(pathlib.Path(folder).rglob("*.xplane.pb"))
+        events = timing.launches_by_program(file)["per_rank"]
+    events = events[len(events) // 2 :]
+    for start, duration, name in events:
+        say(f"{(start - events[0][0]) / 1e3:9.1f} us  +{duration / 1e3:7.1f}  {name[:90]}")
 
 
 def main() -> int:
@@ -160,6 +343,10 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=Case.tokens)
     parser.add_argument("--rounds", type=int, default=Case.rounds)
     parser.add_argument("--num-sms", type=int, default=None)
+    parser.add_argument("--only", default="", help="rows whose names contain this; saves nothing")
+    parser.add_argument(
+        "--overlap", action="store_true", help="show instead when the halves' kernels run"
+    )
     parser.add_argument("--nccl", default="", help="libnccl.so.2 to preload")
     options = parser.parse_args()
     if not multirank.started_here():
@@ -168,10 +355,19 @@ def main() -> int:
         worker = [sys.executable, "-m", "benchmarks.deep_ep", *sys.argv[1:]]
         return subprocess.run([*launcher, "--lines", "30", "--", *worker]).returncode
     rank, ranks = multirank.join()
+    # Where XLA tunes a program, the processes share the work: each must compile it.
+    jax.config.update("jax_share_binary_between_hosts", False)
     case = Case(tokens=options.tokens, rounds=options.rounds, num_sms=options.num_sms)
-    timings = measure(case, ("cuda", "xla"))
-    if rank == 0:
-        timing.show(timings)
+
+    def say(line: str) -> None:
+        if rank == 0:
+            print(line, flush=True)
+
+    if options.overlap:
+        show_overlap(case, say)
+        return 0
+    timings = measure(case, options.only, say)
+    if rank == 0 and not options.only:
         gpus = "one GPU" if multirank.shares_gpu() else f"{ranks} GPUs"
         timing.save("deep_ep", timings, {"ranks": ranks, "on": gpus, "tokens": case.tokens})
     return 0

@@ -91,7 +91,7 @@ def measure(rows: Sequence[Row], *, rounds: int = 11) -> dict[str, Timing]:
                 for row in rows:
                     operands = row.operands[i % len(row.operands)]
                     jax.block_until_ready(compiled[row.name](*operands))
-        launches = _launches(next(pathlib.Path(folder).rglob("*.xplane.pb")))
+        launches = launches_by_program(next(pathlib.Path(folder).rglob("*.xplane.pb")))
     return {row.name: _timing(row, launches[labels[row.name]], rounds) for row in rows}
 
 
@@ -108,7 +108,7 @@ def _compile(row: Row, label: str) -> Callable[..., Any]:
     )
 
 
-def _launches(file: pathlib.Path) -> Mapping[str, list[tuple[float, float, str]]]:
+def launches_by_program(file: pathlib.Path) -> Mapping[str, list[tuple[float, float, str]]]:
     """By program: (start, duration, name) of everything the GPU's streams ran, nanoseconds."""
     found: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for plane in ProfileData.from_file(str(file)).planes:
