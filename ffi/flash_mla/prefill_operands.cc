@@ -1,6 +1,6 @@
 #include "flash_mla/prefill_operands.h"
 
-#include <string>
+#include <algorithm>
 
 #include "support/driver.h"
 

@@ -12,8 +12,9 @@ import pytest
 from jax_ds import models
 from tests.models import tiny
 
+pytestmark = pytest.mark.gpu
 
-@pytest.mark.gpu
+
 def test_a_step_with_kernels_agrees_with_the_portable_one() -> None:
     """One FP8 step on one device: the loss, the gradient's norm and what AdamW made of it."""
     mesh, axis = tiny.mesh(1)
