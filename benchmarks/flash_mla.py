@@ -111,10 +111,16 @@ def _append_row(pages: Array) -> timing.Row:
     )
 
 
+def _read_row(pages: Array) -> timing.Row:
+    """What reading alone takes: the largest element of the whole pool."""
+    return timing.Row("yardstick read", jnp.max, [(pages,)], bytes=float(pages.nbytes))
+
+
 def main() -> None:
     pages = jax.random.normal(jax.random.key(0), (_POOL, _PAGE, _ROW), jnp.bfloat16)
     rows = [_row(case, pages) for case in CASES]
-    timings = timing.measure([*timing.yardsticks(), *rows, _append_row(pages)])
+    yardsticks = [*timing.yardsticks(), _read_row(pages)]
+    timings = timing.measure([*yardsticks, *rows, _append_row(pages)])
     timing.show(timings)
     marks = {str(case): case.mark for case in CASES}
     timing.save("flash_mla", timings, {"marks_us": marks})
