@@ -1,5 +1,6 @@
 #include "flash_mla/decode_handler.h"
 
+#include <future>
 #include <iterator>
 #include <memory>
 
@@ -37,10 +38,16 @@ ErrorOr<std::unique_ptr<DecodeState>> Instantiate(int64_t tokens, int64_t heads,
   state->heads = heads;
   state->causal = causal;
   state->scale = scale;
+  // Small ones beside the large one: what counts is when the last is compiled.
+  std::future<ErrorOr<std::shared_ptr<const jit::Kernel>>> combines[std::size(kCombines)];
+  for (Combine combine : kCombines) {
+    combines[static_cast<int>(combine)] =
+        std::async(std::launch::async, jit::GetKernel, CombineSpec(combine, half));
+  }
   JAX_DS_ASSIGN_OR_RETURN(state->decode, jit::GetKernel(DecodeSpec(state->config)));
   for (Combine combine : kCombines) {
-    JAX_DS_ASSIGN_OR_RETURN(state->combines[static_cast<int>(combine)],
-                            jit::GetKernel(CombineSpec(combine, half)));
+    const int i = static_cast<int>(combine);
+    JAX_DS_ASSIGN_OR_RETURN(state->combines[i], combines[i].get());
   }
   return state;
 }
@@ -98,7 +105,9 @@ Error EncodeMaps(const DecodeConfig& c, const Buffers& b, int box_tokens, Decode
                                 {kTileCols, kGroupRows, tiles, box_tokens / kGroupRows}, options);
   };
   JAX_DS_ASSIGN_OR_RETURN(params->kv_map, pages(c.narrow ? kKeyTiles : kValueTiles));
-  JAX_DS_ASSIGN_OR_RETURN(params->rope_map, pages(1));
+  if (!c.narrow) {
+    JAX_DS_ASSIGN_OR_RETURN(params->rope_map, pages(1));
+  }
   return Error::Success();
 }
 
@@ -107,7 +116,7 @@ ErrorOr<DecodeParams> MakeParams(const DecodeState& state, const DecodeLaunch& l
   DecodeParams params = {};
   const int64_t page_size = b.pages.dimensions()[1];
   params.page_size = static_cast<int>(page_size);
-  params.box_tokens = BoxTokens(state.config, page_size);
+  params.box_tokens = BoxTokens(page_size);
   JAX_DS_RETURN_IF_ERROR(EncodeMaps(state.config, b, params.box_tokens, &params));
   params.page_table = static_cast<const int*>(b.table.untyped_data());
   params.seq_lens = static_cast<const int*>(b.lengths.untyped_data());
@@ -144,9 +153,8 @@ Error Execute(DecodeState* state, int32_t ordinal, cuda::Stream stream, AnyBuffe
                            " rows, got " + std::to_string(partial_out->dimensions()[0]));
   }
   JAX_DS_ASSIGN_OR_RETURN(DecodeParams params, MakeParams(*state, launch, buffers));
-  const unsigned int cluster = static_cast<unsigned int>(state->config.cluster);
   JAX_DS_RETURN_IF_ERROR(jit::Launch(*state->decode, ordinal, stream,
-                                     {{launch.grid}, {launch.block}, {cluster}, kOverlapPrevious},
+                                     {{launch.grid}, {launch.block}, {}, kOverlapPrevious},
                                      params));
   if (launch.num_groups == 1) return Error::Success();
   const CombineLaunch combine = LaunchCombine(launch, params.B, query_rows);

@@ -8,6 +8,11 @@ namespace {
 
 constexpr char kSpace[] = "jax_ds::flash_mla::";
 
+// Parts that the combining kernel for many takes: of all groups, or of about half as many, which
+// leaves registers for twice as many rows. Its eight warps share them.
+constexpr int kParts = 136, kHalfOfParts = 72;
+static_assert(kParts >= kMaxCtas && kParts % 8 == 0 && kHalfOfParts % 8 == 0);
+
 std::string Element(bool half) { return half ? "jax_ds::wgmma::F16" : "jax_ds::wgmma::Bf16"; }
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -20,23 +25,19 @@ ErrorOr<DecodeConfig> PlanDecode(int64_t query_rows, bool half) {
                            std::to_string(query_rows));
   }
   if (query_rows <= kNarrowMaxRows) {
-    return DecodeConfig{true, static_cast<int>(CeilDiv(query_rows, 8) * 8), 1, half};
+    return DecodeConfig{true, static_cast<int>(CeilDiv(query_rows, 8) * 8), false, half};
   }
-  const bool even = CeilDiv(query_rows, kWideRows) % 2 == 0;
-  return DecodeConfig{false, kWideRows, even ? 2 : 1, half};
+  return DecodeConfig{false, kWideRows, query_rows > kWideRows, half};
 }
 
-int BoxTokens(const DecodeConfig& c, int64_t page_size) {
-  return static_cast<int>(std::min<int64_t>(page_size, kBlock / c.cluster));
-}
+int BoxTokens(int64_t page_size) { return static_cast<int>(std::min<int64_t>(page_size, kBlock)); }
 
 DecodeLaunch LaunchDecode(const DecodeConfig& c, int64_t query_rows, int multiprocessors) {
   DecodeLaunch launch;
-  launch.tile_rows = c.rows * c.cluster;
+  launch.tile_rows = c.rows;
   launch.row_groups = static_cast<int>(CeilDiv(query_rows, launch.tile_rows));
-  const int clusters = std::min(multiprocessors, kMaxCtas) / c.cluster;
-  launch.num_groups = std::max(1, clusters / launch.row_groups);
-  launch.grid = static_cast<unsigned int>(launch.num_groups * launch.row_groups * c.cluster);
+  launch.num_groups = std::max(1, std::min(multiprocessors, kMaxCtas) / launch.row_groups);
+  launch.grid = static_cast<unsigned int>(launch.num_groups * launch.row_groups);
   launch.block = c.narrow ? kNarrowThreads : kWideThreads;
   // One group alone splits nothing.
   launch.workspace_rows = launch.num_groups == 1 ? 0
@@ -47,11 +48,12 @@ DecodeLaunch LaunchDecode(const DecodeConfig& c, int64_t query_rows, int multipr
 
 CombineLaunch LaunchCombine(const DecodeLaunch& decode, int64_t batch, int64_t query_rows) {
   constexpr int kManyParts = 16;
-  constexpr int kFewRows = 2048;
+  constexpr int kFewRows = 512;
   constexpr int kWarps = kCombineThreads / 32;
   const int64_t rows = batch * query_rows;
   if (decode.num_groups >= kManyParts * batch) {
-    return {Combine::kMany, static_cast<unsigned int>(4 * rows)};
+    const bool half = decode.num_groups <= kHalfOfParts;
+    return {half ? Combine::kManyHalf : Combine::kMany, static_cast<unsigned int>(4 * rows)};
   }
   if (rows <= kFewRows) {
     return {Combine::kQuarters, static_cast<unsigned int>(CeilDiv(4 * rows, kWarps))};
@@ -65,7 +67,8 @@ jit::KernelSpec DecodeSpec(const DecodeConfig& c) {
   jit::KernelSpec spec;
   spec.file = std::string("flash_mla/kernels/") + (c.narrow ? "narrow.cuh" : "wide.cuh");
   spec.entry = space + (c.narrow ? "decode_narrow<" : "decode_wide<") + space + name + "Config<" +
-               std::to_string(c.narrow ? c.rows : c.cluster) + ", " + Element(c.half) + ">>";
+               std::to_string(c.narrow ? c.rows : static_cast<int>(c.prefetch)) + ", " +
+               Element(c.half) + ">>";
   spec.shared_bytes = c.narrow ? NarrowSharedBytes(c.rows) : kWideSharedBytes;
   return spec;
 }
@@ -73,9 +76,11 @@ jit::KernelSpec DecodeSpec(const DecodeConfig& c) {
 jit::KernelSpec CombineSpec(Combine combine, bool half) {
   jit::KernelSpec spec;
   spec.file = "flash_mla/kernels/combine.cuh";
-  const char* const pieces = combine == Combine::kQuarters ? ", 4>" : ", 1>";
-  spec.entry = kSpace + (combine == Combine::kMany ? "combine_many<" + Element(half) + ">"
-                                                   : "combine_few<" + Element(half) + pieces);
+  static constexpr const char* kNames[] = {"few", "few", "many", "many"};
+  const std::string sizes[] = {"1", "4", std::to_string(kHalfOfParts), std::to_string(kParts)};
+  const int i = static_cast<int>(combine);
+  spec.entry =
+      std::string(kSpace) + "combine_" + kNames[i] + "<" + Element(half) + ", " + sizes[i] + ">";
   return spec;
 }
 
@@ -90,9 +95,11 @@ std::vector<jit::KernelSpec> AllDecodeKernels() {
   std::vector<jit::KernelSpec> specs = {AppendSpec()};
   for (bool half : {false, true}) {
     for (int rows = 8; rows <= kNarrowMaxRows; rows += 8) {
-      specs.push_back(DecodeSpec({true, rows, 1, half}));
+      specs.push_back(DecodeSpec({true, rows, false, half}));
     }
-    for (int cluster : {1, 2}) specs.push_back(DecodeSpec({false, kWideRows, cluster, half}));
+    for (bool prefetch : {false, true}) {
+      specs.push_back(DecodeSpec({false, kWideRows, prefetch, half}));
+    }
     for (Combine combine : kCombines) specs.push_back(CombineSpec(combine, half));
   }
   return specs;

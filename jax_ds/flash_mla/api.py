@@ -126,7 +126,7 @@ def explain(
     The choice is analytic, by the number of query rows R = S * H. For R <= 32 the work is bound
     by the cache's bytes (the roofline crosses at about R = 92): the cache's tokens fill the tensor
     cores' rows and the query rows are padded to a multiple of 8 only. Above, CTAs take 64 query
-    rows each, and pairs of them share their loads where the number of such tiles is even.
+    rows each.
 
     Args:
       q: the queries [B, S, H, D], or anything with a shape and a dtype.
@@ -146,12 +146,11 @@ def explain(
     if implementation == "xla" or reason is not None:
         return f"portable implementation: {reason or 'asked for'}"
     batch, tokens, heads, _ = q.shape
-    kernel, rows, cluster = ffi.decode_tile(tokens * heads)
+    kernel, rows = ffi.decode_tile(tokens * heads)
     tiles = -(-tokens * heads // rows)
     return (
         f"{kernel} kernel on Hopper (portable elsewhere): {batch} requests x {tokens * heads} "
         f"query rows as {tiles} tile{'s' if tiles > 1 else ''} of {rows}, "
-        f"{'pairs of CTAs share loads of the cache, ' if cluster == 2 else ''}"
         "blocks of 64 tokens shared out evenly over all multiprocessors on the device"
     )
 

@@ -40,11 +40,11 @@ def append_unsupported(kv_pages: Array) -> str | None:
     return None
 
 
-def decode_tile(query_rows: int) -> tuple[str, int, int]:
-    """The kernel for S * H query rows: its name, rows a CTA works on, CTAs of a cluster."""
+def decode_tile(query_rows: int) -> tuple[str, int]:
+    """The kernel for S * H query rows: its name and the rows a CTA works on."""
     if query_rows <= _NARROW_ROWS:
-        return "narrow", -(-query_rows // 8) * 8, 1
-    return "wide", _WIDE_ROWS, 1 if -(-query_rows // _WIDE_ROWS) % 2 else 2
+        return "narrow", -(-query_rows // 8) * 8
+    return "wide", _WIDE_ROWS
 
 
 def decode(

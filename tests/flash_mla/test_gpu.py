@@ -30,7 +30,7 @@ HARD_CASES = (
     DecodeCase("pages of 128", RAGGED, heads=128, page_size=128),
     *(DecodeCase(f"pages of {n}, few rows", RAGGED, heads=16, page_size=n) for n in (16, 32, 128)),
     *(DecodeCase(f"pages of {n}, tile of 64", RAGGED, heads=64, page_size=n) for n in (16, 32)),
-    *(DecodeCase(f"pages of {n}, pairs", RAGGED, heads=128, page_size=n) for n in (16, 32)),
+    *(DecodeCase(f"pages of {n}, two tiles", RAGGED, heads=128, page_size=n) for n in (16, 32)),
     DecodeCase("float16, many rows", RAGGED, heads=128, dtype=jnp.float16),
     DecodeCase("float16, few rows", RAGGED, heads=16, dtype=jnp.float16),
     DecodeCase("large logits, many rows", RAGGED, heads=128, spread=1e3),

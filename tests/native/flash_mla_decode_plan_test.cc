@@ -16,22 +16,18 @@ void Choice() {
   CHECK_EQ(mla::PlanDecode(20, false)->rows, 24);
   CHECK(mla::PlanDecode(32, false)->narrow);
   CHECK(!mla::PlanDecode(33, false)->narrow);
-  CHECK_EQ(mla::PlanDecode(64, true)->cluster, 1);
-  CHECK_EQ(mla::PlanDecode(96, true)->cluster, 2);   // two tiles of 64 rows
-  CHECK_EQ(mla::PlanDecode(192, true)->cluster, 1);  // three
+  CHECK(!mla::PlanDecode(64, true)->prefetch);
+  CHECK(mla::PlanDecode(65, true)->prefetch);
   CHECK(mla::PlanDecode(0, false).has_error());
   CHECK(mla::PlanDecode(int64_t{1} << 25, false).has_error());
 }
 
-// Boxes of whole groups of eight rows, which neither leave a page nor what a CTA loads of a block.
+// Boxes of whole groups of eight rows, which neither leave a page nor a block.
 void Boxes() {
-  for (int64_t rows : kRows) {
-    const mla::DecodeConfig config = *mla::PlanDecode(rows, false);
-    for (int64_t page : {16, 32, 64, 128, 192}) {
-      const int tokens = mla::BoxTokens(config, page);
-      CHECK(tokens % mla::kGroupRows == 0 && page % tokens == 0);
-      CHECK_EQ(mla::kBlock / config.cluster % tokens, 0);
-    }
+  for (int64_t page : {16, 32, 64, 128, 192}) {
+    const int tokens = mla::BoxTokens(page);
+    CHECK(tokens % mla::kGroupRows == 0 && page % tokens == 0);
+    CHECK_EQ(mla::kBlock % tokens, 0);
   }
 }
 
@@ -43,9 +39,8 @@ void Geometry() {
       // Every query row has a tile, and tiles are full but for the last.
       CHECK(int64_t{launch.row_groups} * launch.tile_rows >= rows);
       CHECK(int64_t{launch.row_groups - 1} * launch.tile_rows < rows);
-      CHECK(launch.num_groups >= 1 && launch.num_groups <= mla::kMaxParts);
-      CHECK_EQ(launch.grid,
-               static_cast<unsigned>(launch.num_groups * launch.row_groups * config.cluster));
+      CHECK(launch.num_groups >= 1 && launch.num_groups <= mla::kMaxCtas);
+      CHECK_EQ(launch.grid, static_cast<unsigned>(launch.num_groups * launch.row_groups));
       // One wave, unless the rows of a single request already need more.
       CHECK(launch.num_groups == 1 || static_cast<int>(launch.grid) <= multiprocessors);
       // jax_ds/flash_mla/ffi.py provides two parts for each of 132 CTAs.
@@ -63,11 +58,14 @@ void Combine() {
   };
   CHECK(combine(1, 16).combine == mla::Combine::kMany);
   CHECK_EQ(combine(1, 16).grid, 64u);  // a CTA for a quarter of a row
-  CHECK(combine(128, 16).combine == mla::Combine::kQuarters);
-  CHECK_EQ(combine(128, 16).grid, 1024u);  // a warp
+  CHECK(combine(16, 16).combine == mla::Combine::kQuarters);
+  CHECK_EQ(combine(16, 16).grid, 128u);  // a warp
   CHECK_EQ(combine(11, 3).grid, 17u);
-  CHECK(combine(512, 16).combine == mla::Combine::kRows);
-  CHECK_EQ(combine(512, 16).grid, 1024u);
+  CHECK(combine(128, 16).combine == mla::Combine::kRows);
+  CHECK_EQ(combine(128, 16).grid, 256u);
+  const mla::DecodeConfig wide = *mla::PlanDecode(128, false);
+  const auto shared = mla::LaunchCombine(mla::LaunchDecode(wide, 128, 132), 1, 128);
+  CHECK(shared.combine == mla::Combine::kManyHalf);
 }
 
 void EveryChoiceIsListed() {

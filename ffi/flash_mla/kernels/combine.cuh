@@ -24,26 +24,28 @@ struct PartRows {
 };
 
 // Weights 2^(lse_i - lse) of the parts: lane l of a warp holds those of parts l, l + 32, ...
+template <int kParts>
 struct Weights {
-  float weight[kMaxParts / 32];
+  static constexpr int kRegisters = (kParts + 31) / 32;
+  float weight[kRegisters];
   float lse;  // base 2
 
   JAX_DS_DEVICE Weights(const CombineParams& p, const PartRows& rows, int parts) {
     float largest = -kInfinity;
 #pragma unroll
-    for (int i = 0; i < kMaxParts / 32; ++i) {
+    for (int i = 0; i < kRegisters; ++i) {
       const int part = 32 * i + lane_id();
       weight[i] = part < parts ? p.partial_lse[rows.at(part)] : -kInfinity;
     }
 #pragma unroll
-    for (int i = 0; i < kMaxParts / 32; ++i) largest = fmaxf(largest, weight[i]);
+    for (int i = 0; i < kRegisters; ++i) largest = fmaxf(largest, weight[i]);
     for (int lanes = 16; lanes > 0; lanes /= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
     }
     const float zero = finite_reference(largest);
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kMaxParts / 32; ++i) {
+    for (int i = 0; i < kRegisters; ++i) {
       weight[i] = exp2_approx(weight[i] - zero);
       sum += weight[i];
     }
@@ -51,14 +53,14 @@ struct Weights {
     lse = largest + log2_approx(sum);
     const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
-    for (int i = 0; i < kMaxParts / 32; ++i) weight[i] *= scale;
+    for (int i = 0; i < kRegisters; ++i) weight[i] *= scale;
   }
 
   // Of one part, for the whole warp; 0 from the last part on.
   JAX_DS_DEVICE float of(int part) const {
     float w = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kMaxParts / 32; ++i) {
+    for (int i = 0; i < kRegisters; ++i) {
       const float candidate = __shfl_sync(0xffffffffu, weight[i], part % 32);
       if (part / 32 == i) w = candidate;
     }
@@ -80,13 +82,13 @@ JAX_DS_DEVICE void add_scaled(float4& sum, float weight, float4 value) {
   sum.w += weight * value.w;
 }
 
-// Many parts: a CTA for 128 columns of a row, its warps share the parts. All loads are issued
-// before the first is used: what counts here is latency.
-template <typename Element>
+// Many parts, up to kParts: a CTA for 128 columns of a row, its warps share the parts. All loads are
+// issued before the first is used: what counts here is latency.
+template <typename Element, int kParts>
 __global__ __launch_bounds__(kCombineThreads) void combine_many(const
                                                                 __grid_constant__ CombineParams p) {
   constexpr int kWarps = kCombineThreads / 32;
-  constexpr int kLoads = kMaxParts / kWarps;
+  constexpr int kLoads = kParts / kWarps;
   __shared__ float4 sums[kWarps][32];
   const int warp = threadIdx.x / 32;
   const i64 row = blockIdx.x / 4;
@@ -107,10 +109,11 @@ __global__ __launch_bounds__(kCombineThreads) void combine_many(const
           *reinterpret_cast<const float4*>(p.partial_out + rows.at(part) * kValueDim + column);
     }
   }
-  const Weights weights(p, rows, parts.count);
+  const Weights<kParts> weights(p, rows, parts.count);
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
+    // Of part kWarps * i + warp.
     const float weight =
         __shfl_sync(0xffffffffu, weights.weight[i * kWarps / 32], i * kWarps % 32 + warp);
     add_scaled(sum, weight, values[i]);
@@ -154,7 +157,7 @@ __global__ __launch_bounds__(kCombineThreads,
     }
   };
   load(0);
-  const Weights weights(p, rows, parts.count);
+  const Weights<kMaxCtas> weights(p, rows, parts.count);
   float4 sum[kVectors] = {};
   for (int first = 0; first < parts.count; first += kAhead) {
     if (first != 0) load(first);

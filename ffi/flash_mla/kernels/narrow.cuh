@@ -11,6 +11,7 @@ namespace jax_ds::flash_mla {
 template <typename Config>
 JAX_DS_DEVICE void load_block(const DecodeParams& p, NarrowShared<Config>& shared, PageRows& rows,
                               int block, Pipeline<Config::kStages>& ring) {
+  rows.advance(block);
   ring.acquire();
   if (elect_one()) ring.commit(kKeyTiles * kTileBytes);
   for (int token = 0; token < kBlock; token += p.box_tokens) {

@@ -34,8 +34,6 @@ inline constexpr int kWideRows = 64;  // query rows of a CTA
 inline constexpr int kMaxCtas = 132;
 inline constexpr int kAppendThreads = 96;  // 72 sixteen-byte pieces a token
 inline constexpr int kCombineThreads = 256;
-// Groups that may share one request: plan.cc makes no more of them.
-inline constexpr int kMaxParts = 160;
 
 // How a request was shared out: parts 0 .. count - 1 were done by groups first_group, first_group +
 // 1, ...
@@ -49,7 +47,7 @@ struct DecodeParams {
   // [P * page_size / 8][9][8][64]: columns, rows of a group, column tiles, groups of eight rows,
   // so that a box reads memory in order. A box holds `box_tokens` tokens.
   TensorMap kv_map;
-  TensorMap rope_map;     // the same tensor, one column tile a box
+  TensorMap rope_map;     // the same tensor, one column tile a box; of the wide kernel
   const int* page_table;  // [B, N]
   const int* seq_lens;    // [B]
   void* out;              // [B, R, 512]
@@ -59,9 +57,9 @@ struct DecodeParams {
   Parts* parts;           // [B]
   int B, S, H, N;
   int page_size;
-  int box_tokens;  // a page, or what a CTA loads of a block if that is less
+  int box_tokens;  // a page, or a block if that is less
   int num_groups;  // groups of CTAs that share out the KV blocks
-  int row_groups;  // CTAs (or clusters) of one group, each with its own query rows
+  int row_groups;  // CTAs of one group, each with its own query rows
   int causal;
   float scale_log2;  // softmax scale * log2(e)
 };
@@ -73,7 +71,7 @@ struct CombineParams {
   void* out;
   float* lse;
   int B, R;
-  int tile_rows;  // rows a CTA (or cluster) of the decode kernel works on
+  int tile_rows;  // rows a CTA of the decode kernel works on
   int row_groups;
 };
 

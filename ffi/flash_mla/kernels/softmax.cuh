@@ -70,14 +70,18 @@ struct PageRows {
     return __ldg(table + page) * p.page_size + (token - page * p.page_size);
   }
 
-  // For boxes base .. base + 63; called by a whole warp, in order of blocks.
-  JAX_DS_DEVICE int row(int box) {
-    if (box - base >= 32) {
-      base += 32;
-      current = next;
-      next = fetch(base + 32 + lane_id());
-    }
-    return __shfl_sync(0xffffffffu, current, box - base);
+  // To be called block after block by a whole warp; then row() knows the boxes of the block and at
+  // least 32 more.
+  JAX_DS_DEVICE void advance(int block) {
+    if (block * (kBlock / p.box_tokens) - base < 32) return;
+    base += 32;
+    current = next;
+    next = fetch(base + 32 + lane_id());
+  }
+
+  JAX_DS_DEVICE int row(int box) const {
+    const int lane = box - base;
+    return __shfl_sync(0xffffffffu, lane < 32 ? current : next, lane % 32);
   }
 };
 

@@ -8,7 +8,7 @@ namespace jax_ds::flash_mla {
 
 template <typename Config>
 JAX_DS_DEVICE void init_barriers(WideShared<Config>& shared) {
-  constexpr u32 kReleases = 8 * Config::kCluster;  // the output's warps, in every CTA
+  constexpr u32 kReleases = 8;  // the output's warps
   for (int i = 0; i < Config::kStages; ++i) {
     mbarrier_init(&shared.values_full[i], 1);
     mbarrier_init(&shared.values_empty[i], kReleases);
@@ -47,8 +47,6 @@ __global__ __launch_bounds__(Config::kThreads,
     init_barriers<Config>(shared);
   }
   __syncthreads();
-  if constexpr (Config::kCluster > 1) cluster_sync();
-
   if (warp < 4) {
     setmaxnreg_dec<Config::kProducerRegisters>();
     if (warp == 0) Producer<Config>{p, shared}.run();
@@ -59,11 +57,6 @@ __global__ __launch_bounds__(Config::kThreads,
   } else {
     setmaxnreg_inc<Config::kOutputRegisters>();
     Output<Config>{p, shared, static_cast<int>(warp / 4 - 2)}.run();
-  }
-  // No CTA leaves while the other may still write to it or arrive on its barriers.
-  if constexpr (Config::kCluster > 1) {
-    __syncwarp();
-    cluster_sync();
   }
 }
 

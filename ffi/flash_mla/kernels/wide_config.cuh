@@ -1,7 +1,7 @@
 // Decode for many query rows: tiles, shared memory, barriers and registers.
 //
 // A CTA works on 64 query rows. Roles, a warpgroup each:
-//   producer  pages into shared memory; in a cluster of two each CTA loads half, for both;
+//   producer  pages into shared memory;
 //   scores    S = Q K^T with most of Q in registers, softmax, P into shared memory;
 //   output x2 O += P V, 256 of the 512 columns each. V is K's latent part, read in place.
 // The tensor cores see, block after block, Q K_j^T while P_{j-1} V_{j-1} waits, then P_{j-1}
@@ -18,10 +18,12 @@
 
 namespace jax_ds::flash_mla {
 
-template <int kCluster_, typename Element_>
+template <bool kPrefetch_, typename Element_>
 struct WideConfig {
   using Element = Element_;
-  static constexpr int kCluster = kCluster_;
+  // Whether the next block is fetched to L2 while one is loaded. It helps where the tensor cores
+  // are the limit, and costs bandwidth where memory is.
+  static constexpr bool kPrefetch = kPrefetch_;
   static constexpr int kRows = kWideRows;
   static constexpr int kThreads = kWideThreads;
   static constexpr int kStages = 3;  // of values: 64 tokens x 512 columns
@@ -38,9 +40,7 @@ struct WideConfig {
   static constexpr int kOutputRegisters = 160;
   static constexpr int kOverhead = 2;
   static constexpr int kWholePercent = 5;
-  static constexpr u16 kMulticast = (1 << kCluster) - 1;
 
-  static_assert(kCluster == 1 || kCluster == 2);
   static_assert(kProducerRegisters + kScoresRegisters + 2 * kOutputRegisters <= 512);
 };
 

@@ -48,8 +48,8 @@ struct Output {
   JAX_DS_DEVICE void release_block() {
     __syncwarp();
     if (lane_id() == 0) {
-      release<Config>(&shared.values_empty[at.stage()]);
-      release<Config>(&shared.rope_empty[at.slot()]);
+      mbarrier_arrive(&shared.values_empty[at.stage()]);
+      mbarrier_arrive(&shared.rope_empty[at.slot()]);
     }
     at.template advance_stage<Config::kStages>();
     at.advance_slot();

@@ -9,28 +9,15 @@ namespace jax_ds::flash_mla {
 // This CTA's place: group of the schedule, query rows.
 template <typename Config>
 JAX_DS_DEVICE Place place_of(const DecodeParams& p) {
-  const int cluster = blockIdx.x / Config::kCluster;
-  const int rank = Config::kCluster == 1 ? 0 : cluster_ctarank();
-  const int row_group = cluster % p.row_groups;
-  return {cluster / p.row_groups, (row_group * Config::kCluster + rank) * Config::kRows};
+  const int group = blockIdx.x / p.row_groups;
+  return {group, (static_cast<int>(blockIdx.x) - group * p.row_groups) * Config::kRows};
 }
 
 // Where this CTA's rows of a part lie in the workspace.
 template <typename Config>
 JAX_DS_DEVICE i64 partial_row(const DecodeParams& p, const Place& place, int part_slot) {
-  return static_cast<i64>(2 * place.group + part_slot) * p.row_groups * Config::kCluster *
-             Config::kRows +
+  return static_cast<i64>(2 * place.group + part_slot) * p.row_groups * Config::kRows +
          place.first_row;
-}
-
-// One lane of a warp, for all CTAs of the cluster: the warp no longer reads the slot.
-template <typename Config>
-JAX_DS_DEVICE void release(u64* barrier) {
-  if constexpr (Config::kCluster == 1) {
-    mbarrier_arrive(barrier);
-  } else {
-    for (int rank = 0; rank < Config::kCluster; ++rank) mbarrier_arrive_cluster(barrier, rank);
-  }
 }
 
 // Warp 0 finds the items, announces each to the other roles along with its query, and loads pages.
@@ -40,34 +27,41 @@ struct Producer {
   WideShared<Config>& shared;
   Progress at;
 
-  // Each CTA of a cluster loads its share of the tokens, for all.
-  JAX_DS_DEVICE void load(const TensorMap* map, u8* target, int group_bytes, u64* full, int tile,
-                          PageRows& rows, int block) const {
-    constexpr int kShare = kBlock / Config::kCluster;
-    const int first = Config::kCluster == 1 ? 0 : cluster_ctarank() * kShare;
-    if (elect_one()) mbarrier_arrive_expect_tx(full, kGroups * group_bytes);
-    for (int token = first; token < first + kShare; token += p.box_tokens) {
-      const int group = rows.row((block * kBlock + token) / p.box_tokens) / kGroupRows;
-      u8* to = target + token / kGroupRows * group_bytes;
-      if (!elect_one()) continue;
-      if constexpr (Config::kCluster == 1) {
-        tma_load_4d(to, map, full, 0, 0, tile, group);
-      } else {
-        tma_load_4d_multicast(to, map, full, Config::kMulticast, 0, 0, tile, group);
-      }
-      // The rotary tile follows once there is room for it, and is then wanted at once.
-      if (tile == 0) tma_prefetch_4d(&p.rope_map, 0, 0, kKeyTiles - 1, group);
+  // `tiles` column tiles from `tile` on, of all tokens of a block.
+  JAX_DS_DEVICE void load(const TensorMap* map, u8* target, int tile, int tiles, u64* full,
+                          const PageRows& rows, int block) const {
+    if (elect_one()) mbarrier_arrive_expect_tx(full, tiles * kTileBytes);
+    for (int token = 0; token < kBlock; token += p.box_tokens) {
+      const int row = rows.row((block * kBlock + token) / p.box_tokens);
+      u8* to = target + token / kGroupRows * tiles * kGroupTileBytes;
+      if (elect_one()) tma_load_4d(to, map, full, 0, 0, tile, row / kGroupRows);
     }
   }
 
-  JAX_DS_DEVICE void load_block(PageRows& rows, int block) {
+  // To L2: the rotary tile follows its values once there is room, and is then wanted at once.
+  JAX_DS_DEVICE void prefetch(const PageRows& rows, int block, bool values) const {
+    for (int token = 0; token < kBlock; token += p.box_tokens) {
+      const int row = rows.row((block * kBlock + token) / p.box_tokens);
+      if (!elect_one()) continue;
+      if (values) tma_prefetch_4d(&p.kv_map, 0, 0, 0, row / kGroupRows);
+      tma_prefetch_4d(&p.rope_map, 0, 0, kKeyTiles - 1, row / kGroupRows);
+    }
+  }
+
+  JAX_DS_DEVICE void load_block(PageRows& rows, const Item& item, int block) {
+    rows.advance(block);
     mbarrier_wait(&shared.values_empty[at.stage()], at.stage_phase() ^ 1);
-    load(&p.kv_map, shared.values[at.stage()][0][0], kWideGroupStride,
-         &shared.values_full[at.stage()], 0, rows, block);
+    load(&p.kv_map, shared.values[at.stage()][0][0], 0, kValueTiles,
+         &shared.values_full[at.stage()], rows, block);
+    if (!Config::kPrefetch || block == item.first) prefetch(rows, block, false);
+    // One CTA does it for all that share the block.
+    if (Config::kPrefetch && block + 1 < item.last && shared.place.first_row == 0) {
+      prefetch(rows, block + 1, true);
+    }
     at.template advance_stage<Config::kStages>();
     mbarrier_wait(&shared.rope_empty[at.slot()], at.slot_phase() ^ 1);
-    load(&p.rope_map, shared.rope[at.slot()], kGroupTileBytes, &shared.rope_full[at.slot()],
-         kKeyTiles - 1, rows, block);
+    load(&p.rope_map, shared.rope[at.slot()], kKeyTiles - 1, 1, &shared.rope_full[at.slot()], rows,
+         block);
     at.advance_slot();
   }
 
@@ -103,9 +97,9 @@ struct Producer {
     Items walk(p, shared.schedule);
     for (Item item; walk.next(item);) {
       if (item.empty()) continue;
-      load_query(item);
       PageRows rows(p, item);
-      for (int block = item.first; block < item.last; ++block) load_block(rows, block);
+      load_query(item);
+      for (int block = item.first; block < item.last; ++block) load_block(rows, item, block);
     }
     announce({.blocks = 0});
   }

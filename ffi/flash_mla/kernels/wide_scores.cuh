@@ -46,8 +46,8 @@ struct Scores {
   // On behalf of both output warpgroups, which take no notice of the query's stage.
   JAX_DS_DEVICE void release_stage() {
     if (lane_id() == 0) {
-      release<Config>(&shared.values_empty[at.stage()]);
-      release<Config>(&shared.values_empty[at.stage()]);
+      mbarrier_arrive(&shared.values_empty[at.stage()]);
+      mbarrier_arrive(&shared.values_empty[at.stage()]);
     }
     at.template advance_stage<Config::kStages>();
   }
