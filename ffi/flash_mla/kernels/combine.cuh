@@ -82,8 +82,8 @@ JAX_DS_DEVICE void add_scaled(float4& sum, float weight, float4 value) {
   sum.w += weight * value.w;
 }
 
-// Many parts, up to kParts: a CTA for 128 columns of a row, its warps share the parts. All loads are
-// issued before the first is used: what counts here is latency.
+// Many parts, up to kParts: a CTA for 128 columns of a row, its warps share the parts. All loads
+// are issued before the first is used: what counts here is latency.
 template <typename Element, int kParts>
 __global__ __launch_bounds__(kCombineThreads) void combine_many(const
                                                                 __grid_constant__ CombineParams p) {

@@ -387,10 +387,8 @@ __global__ __launch_bounds__(Config::kThreads,
   const u32 warp = warp_id();
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
-  if (warp == 0) {
-    const Scheduler<Config::kOverhead, Config::kWholePercent> scheduler(p);
-    const Schedule schedule = scheduler.schedule(blockIdx.x);
-    if (lane_id() == 0) shared.schedule = schedule;
+  if (warp < 2) {
+    make_schedule<Config::kOverhead, Config::kWholePercent>(p, shared.schedule, blockIdx.x, warp);
   } else if (warp == 8 && elect_one()) {
     prefetch_tensormap(&p.kv_map);
     prefetch_tensormap(&p.q_map);

@@ -110,20 +110,28 @@ struct Scheduler {
     return {b, boundary - start - kOverhead};
   }
 
-  JAX_DS_DEVICE Schedule schedule(int group) const {
-    Schedule s;
-    s.end_parts = 1;
-    if (whole != 0) {
-      s.begin = {min(group * whole, p.B), 0};
-      s.end = {min((group + 1) * whole, p.B), 0};
-      return s;
-    }
-    int unused;
-    s.begin = locate(group * payload, &unused);
-    s.end = locate((group + 1) * payload, &s.end_parts);
-    return s;
+  // Where a group starts. `parts`: of the request there.
+  JAX_DS_DEVICE Position start(int group, int* parts) const {
+    *parts = 1;
+    if (whole != 0) return {min(group * whole, p.B), 0};
+    return locate(group * payload, parts);
   }
 };
+
+// Warps 0 and 1: one finds where the group's work begins, the other where it ends.
+template <int kOverhead, int kWholePercent>
+JAX_DS_DEVICE void make_schedule(const DecodeParams& p, Schedule& schedule, int group, u32 warp) {
+  const Scheduler<kOverhead, kWholePercent> scheduler(p);
+  int parts;
+  const Position position = scheduler.start(group + static_cast<int>(warp), &parts);
+  if (lane_id() != 0) return;
+  if (warp == 0) {
+    schedule.begin = position;
+  } else {
+    schedule.end = position;
+    schedule.end_parts = parts;
+  }
+}
 
 // A request, or a run of its blocks, for one group.
 struct Item {

@@ -32,15 +32,11 @@ __global__ __launch_bounds__(Config::kThreads,
   const u32 warp = warp_id();
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
-  if (warp == 0) {
-    const Scheduler<Config::kOverhead, Config::kWholePercent> scheduler(p);
+  if (warp < 2) {
     const Place place = place_of<Config>(p);
-    const Schedule schedule = scheduler.schedule(place.group);
-    if (lane_id() == 0) {
-      shared.schedule = schedule;
-      shared.place = place;
-    }
-  } else if (warp == 1 && elect_one()) {
+    make_schedule<Config::kOverhead, Config::kWholePercent>(p, shared.schedule, place.group, warp);
+    if (threadIdx.x == 0) shared.place = place;
+  } else if (warp == 2 && elect_one()) {
     prefetch_tensormap(&p.kv_map);
     prefetch_tensormap(&p.rope_map);
     prefetch_tensormap(&p.q_map);
