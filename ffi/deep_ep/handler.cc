@@ -23,8 +23,7 @@ Error CheckColumns(int64_t columns) {
 
 int Int(int64_t value) { return static_cast<int>(value); }
 
-// ---- dispatch: x [T, H] (and scales [T, KB]) -> rows [C, H] (and scales [C, KB])
-// -----------------
+// ---- dispatch: x [T, H] (and scales [T, KB]) -> rows [C, H] (and scales [C, KB]) ----------------
 
 Instantiated InstantiateDispatch(ffi::Span<const int64_t> groups, int64_t num_ranks,
                                  int64_t channel, int64_t num_tokens, int64_t token_bytes,
@@ -107,8 +106,7 @@ XLA_FFI_DEFINE_HANDLER(kExecuteDispatch, ExecuteDispatch,
                            .RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
 
-// ---- combine: rows [C, H] (and weights [T, K]) -> y [T, H] (and those weights [B, J])
-// ---------------------------------------
+// ---- combine: rows [C, H] (and weights [T, K]) -> y [T, H] (and those weights [B, J]) -----------
 
 Instantiated InstantiateCombine(ffi::Span<const int64_t> groups, int64_t num_ranks, int64_t channel,
                                 int64_t num_tokens, int64_t token_bytes, int64_t top_k,

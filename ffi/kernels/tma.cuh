@@ -19,8 +19,7 @@ JAX_DS_DEVICE void prefetch_tensormap(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// ---- tiles into shared memory; completion counts bytes on `barrier`
-// ------------------------------
+// ---- tiles into shared memory; completion counts bytes on `barrier` -----------------------------
 
 JAX_DS_DEVICE void tma_load_2d(void* shared, const TensorMap* map, u64* barrier, int x, int y,
                                CachePolicy policy = kEvictNormal) {

@@ -32,8 +32,7 @@ ErrorOr<const int*> Counts(const char* name, const ffi::RemainingArgs& rest, int
   return static_cast<const int*>(counts.untyped_data());
 }
 
-// ---- rows: x [..., M, K] -> values [..., M, K], scales [..., M, KB]
-// ------------------------------
+// ---- rows: x [..., M, K] -> values [..., M, K], scales [..., M, KB] -----------------------------
 
 struct RowsState : Stateful<RowsState> {
   RowsPlan plan;

@@ -19,8 +19,7 @@
 
 namespace jax_ds::deep_gemm {
 
-// ---- producers: a warp for the operands, a warp for their scales
-// -----------------------------------
+// ---- producers: a warp for the operands, a warp for their scales --------------------------------
 
 // One thread. TMA counts its bytes on the slot's barrier.
 template <Config kConfig>

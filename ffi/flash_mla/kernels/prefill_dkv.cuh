@@ -6,8 +6,7 @@
 
 namespace jax_ds::flash_mla {
 
-// ---- producer: one thread
-// -----------------------------------------------------------------------
+// ---- producer: one thread -----------------------------------------------------------------------
 
 template <PrefillBackwardConfig kConfig>
 JAX_DS_DEVICE void produce_for_dkv(const PrefillBackwardParams& p, BackwardStorage<kConfig>& s) {
@@ -44,8 +43,7 @@ JAX_DS_DEVICE void produce_for_dkv(const PrefillBackwardParams& p, BackwardStora
   }
 }
 
-// ---- consumer: one math warpgroup
-// ---------------------------------------------------------------
+// ---- consumer: one math warpgroup ---------------------------------------------------------------
 
 // A warpgroup holds 64 keys.
 template <PrefillBackwardConfig kConfig>
