@@ -3,9 +3,10 @@
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
-from jax_ds import doctor
+from jax_ds import deep_ep, doctor
 from jax_ds._runtime import native
 from jax_ds.deep_ep.placement import Placement
 from jax_ds.doctor import links, mesh
@@ -98,11 +99,23 @@ def test_hosts_that_are_not_here(
     assert {name: report[name] for name in wanted} == wanted
 
 
-def test_buffers_grow_with_what_crosses() -> None:
-    one = _report("--mesh", "gpu=8", "--axis", "gpu", "--gpus-per-host", "8")["buffers"]
-    two = _report("--mesh", "node=2,gpu=8", "--axis", "node,gpu", "--gpus-per-host", "8")["buffers"]
-    assert one.startswith("704 MiB a rank and channel, 1152 in training")
-    assert two.startswith("1408 MiB a rank and channel, 2304 in training")
+@pytest.mark.parametrize(
+    ("shape", "axis", "tokens"), [("gpu=8", "gpu", 4096), ("node=2,gpu=8", "node,gpu", 8192)]
+)
+def test_buffers_hold_what_crosses_too(shape: str, axis: str, tokens: int) -> None:
+    text = _report("--mesh", shape, "--axis", axis, "--gpus-per-host", "8")["buffers"]
+    plain, training = (
+        deep_ep.buffer_bytes(
+            num_tokens=tokens,
+            hidden=7168,
+            num_ranks=8,
+            dtype=jnp.float8_e4m3fn,
+            training=training,
+        )
+        >> 20
+        for training in (False, True)
+    )
+    assert text.startswith(f"{plain} MiB a rank and channel, {training} in training")
 
 
 def test_without_a_gpu() -> None:
