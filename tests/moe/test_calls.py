@@ -40,8 +40,8 @@ def _counts(text: str) -> collections.Counter[str]:
     return collections.Counter([*found, *re.findall(r"stablehlo\.(all_\w+)", text)])
 
 
-# Ids and weights, and back the products for the weights; over two axes each goes over both, and
-# tokens and sums cross the first.
+# Ids, and back the products for the weights; over two axes each goes over both, and tokens, weights
+# and sums cross the first.
 MESSAGES = {(8,): (1, 2), (2, 4): (5, 9)}
 
 
