@@ -5,7 +5,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "gpu" / "results.json"
-# One line: why the record is older than the sources. The next complete run removes it.
+# One line: why the record is older than the sources, or not complete. A complete run removes it.
 PENDING = ROOT / "tests" / "gpu" / "PENDING"
 # What a complete record holds: (ranks, nodes they make up).
 RUNS = {"1 process": (1, 1), "2 ranks": (2, 1), "8 ranks": (8, 1), "8 ranks in 2 nodes": (8, 2)}
