@@ -1,8 +1,9 @@
 """Writes the tables of the documents from the recorded results: `python -m benchmarks.tables`.
 
 A table stands between `<!-- benchmarks ROOM PATTERN -->` and `<!-- end -->` and shows the rows of
-results/h200.json whose names match the pattern, all without one; the room `all` stands for a
-section per room. `--check` changes nothing and fails where a document is out of date.
+results/h200.json whose names match the pattern, all without one, and when they were measured; the
+room `all` stands for a section per room. `--check` changes nothing and fails where a document is
+out of date.
 """
 
 import json
@@ -36,6 +37,13 @@ def table(rows: Mapping[str, Mapping[str, Any]], pattern: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _section(part: Mapping[str, Any], pattern: str) -> str:
+    """A room's table, and when and with what it was measured."""
+    machine = part["machine"]
+    measured = f"Measured {machine['date']}, {machine['gpu']}, JAX {machine['jax']}."
+    return f"{table(part['rows'], pattern)}\n{measured}\n"
+
+
 def _startup_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Of the kernels of a room, median and largest."""
     lines = [
@@ -62,11 +70,11 @@ def fill(text: str, results: Mapping[str, Any]) -> str:
     def block(match: re.Match[str]) -> str:
         begin, room, pattern, end = match.groups()
         if room == "all":
-            parts = [f"## {name}\n\n{table(part['rows'], '')}" for name, part in results.items()]
+            parts = [f"## {name}\n\n{_section(part, '')}" for name, part in results.items()]
             return begin + "\n" + "\n".join(parts) + "\n" + end
         if room not in results:
             return f"{begin}Not measured yet.\n{end}"
-        return f"{begin}\n{table(results[room]['rows'], (pattern or '').strip())}\n{end}"
+        return f"{begin}\n{_section(results[room], (pattern or '').strip())}\n{end}"
 
     return _BLOCK.sub(block, text)
 

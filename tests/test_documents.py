@@ -31,6 +31,9 @@ def test_tables_are_up_to_date() -> None:
     assert tables.main(["--check"]) == 0
 
 
+MACHINE = {"gpu": "NVIDIA H200", "jax": "0.11.2", "date": "2026-01-02"}
+
+
 def test_tables_show_matching_rows_beside_their_yardsticks() -> None:
     rows = {
         "yardstick copy": {"us": 1.0, "gb_s": 4000, "launches": 1},
@@ -40,8 +43,10 @@ def test_tables_show_matching_rows_beside_their_yardsticks() -> None:
     }
     text = "a\n<!-- benchmarks room small|product -->\nold\n<!-- end -->\nb\n"
     everything = text.replace(" small|product", "")
-    assert tables.fill(everything, {"room": {"rows": rows}}).count("\n| ") == 2 + len(rows)
-    lines = tables.fill(text, {"room": {"rows": rows}}).splitlines()
+    results = {"room": {"rows": rows, "machine": MACHINE}}
+    assert tables.fill(everything, results).count("\n| ") == 2 + len(rows)
+    lines = tables.fill(text, results).splitlines()
+    assert "Measured 2026-01-02, NVIDIA H200, JAX 0.11.2." in lines
     assert "| small | 2.2 | 1000 |  | 1 | 0.25 |" in lines
     assert "| product | 3.0 | 100 | 1200 | 2 | 1.50 |" in lines
     assert (lines[0], lines[-1]) == ("a", "b")
@@ -52,7 +57,7 @@ def test_tables_show_matching_rows_beside_their_yardsticks() -> None:
 def test_the_table_of_startup_times() -> None:
     row = {"kernels": 3, "compile_s": [0.5, 1.25], "read_ms": [2.0, 3.0], "load_ms": [0.1, 0.25]}
     text = "<!-- benchmarks startup -->\n<!-- end -->\n"
-    filled = tables.fill(text, {"startup": {"rows": {"deep_gemm": row}}})
+    filled = tables.fill(text, {"startup": {"rows": {"deep_gemm": row}, "machine": MACHINE}})
     assert "| deep_gemm | 3 | 0.5, 1.25 | 2.0, 3.0 | 0.1, 0.25 |" in filled.splitlines()
 
 
