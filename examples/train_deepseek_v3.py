@@ -38,7 +38,7 @@ _DATA = flags.DEFINE_multi_string(
     "data", [], "files or folders to train on (default: the standard library's sources)"
 )
 _OUT = flags.DEFINE_string("out", "demo-out", "folder for everything the run writes")
-_STEPS = flags.DEFINE_integer("steps", 250, "training steps", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 180, "training steps", lower_bound=1)
 _RESUME = flags.DEFINE_bool("resume", False, "go on from the checkpoint in --out")
 _SAVE_EVERY = flags.DEFINE_integer(
     "save_every", 100, "steps between checkpoints; 0 saves at the end only", lower_bound=0
