@@ -4,6 +4,7 @@ The kernels serve the devices of one mesh axis, which can address each other's m
 (node, gpu) those of the GPU axis, after XLA's collectives have crossed the node axis.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +23,31 @@ MAX_SMS = 132
 PIECE = 16
 
 
+def exchange(
+    name: str,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *operands: Any,
+    attributes: Mapping[str, Any],
+) -> list[Any]:
+    """The communicating call `name` of this room; a batch of calls is made one after the other."""
+    return ffi_call(
+        f"jax_ds_deep_ep_{name}",
+        outputs,
+        *operands,
+        attributes=attributes,
+        vmap_method="sequential",
+        communicates=True,
+    )
+
+
 def dispatch(x: Shaped[Array, "T H"] | Quantized, plan: DispatchPlan, num_sms: int | None) -> Any:
     """`rows[c] = x` of row c's token; `[C, H]`, Quantized if x is."""
     values, *scales = (x.values, x.scales) if isinstance(x, Quantized) else (x,)
     values, *scales = stage(plan, *(at_least_one(a) for a in (values, *scales)))
     capacity = plan.row_source.shape[0]
     outputs = [jax.ShapeDtypeStruct((capacity, a.shape[1]), a.dtype) for a in (values, *scales)]
-    rows = ffi_call(
-        "jax_ds_deep_ep_dispatch",
+    rows = exchange(
+        "dispatch",
         outputs,
         axis_index(plan.sizes),
         plan.route.needed,
@@ -41,8 +59,6 @@ def dispatch(x: Shaped[Array, "T H"] | Quantized, plan: DispatchPlan, num_sms: i
             **_attributes(plan, values, num_sms),
             "num_scales": scales[0].shape[1] if scales else 0,
         },
-        vmap_method="sequential",
-        communicates=True,
     )
     return Quantized(*rows) if scales else rows[0]
 
@@ -61,8 +77,8 @@ def combine(
     outputs = [jax.ShapeDtypeStruct((needed.shape[1], rows.shape[1]), rows.dtype)]
     if weights is not None:
         outputs.append(jax.ShapeDtypeStruct(plan.row_of.shape, jnp.float32))
-    y, *by_column = ffi_call(
-        "jax_ds_deep_ep_combine",
+    y, *by_column = exchange(
+        "combine",
         outputs,
         axis_index(plan.sizes),
         needed,
@@ -75,8 +91,6 @@ def combine(
             "dtype": rows.dtype.name,
             "top_k": plan.sizes.top_k,
         },
-        vmap_method="sequential",
-        communicates=True,
     )
     result: Array = plan.route.settle(y)[: plan.sizes.num_tokens].astype(rows.dtype)
     return result, by_column[0] if by_column else None

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jax_ds._runtime.call import ffi_call
 from jax_ds._runtime.varying import to_varying, varying_axes
 from jax_ds.deep_ep import placement
-from jax_ds.deep_ep.ffi import PIECE, axis_index
+from jax_ds.deep_ep.ffi import PIECE, axis_index, exchange
 from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes
 from jax_ds.deep_ep.route import FlatRoute
 from jax_ds.deep_ep.xla import at_least_one
@@ -30,8 +29,8 @@ def dispatch(
 ) -> tuple[Any, DispatchPlan]:
     """Rows `[C, H]` in the experts' regions, Quantized if asked for, and their plan."""
     x = at_least_one(x)
-    needed, rows, group_sizes, row_of, column, *scales = ffi_call(
-        "jax_ds_deep_ep_low_latency_dispatch",
+    needed, rows, group_sizes, row_of, column, *scales = exchange(
+        "low_latency_dispatch",
         [_needed(ids, sizes), *_rows(ids, x.shape[1], x.dtype, sizes, quantize)],
         axis_index(sizes),
         x,
@@ -41,8 +40,6 @@ def dispatch(
             **_attributes(ids.shape[0], x.shape[1], x.dtype, sizes, "whole"),
             "quantize": quantize,
         },
-        vmap_method="sequential",
-        communicates=True,
     )
     plan = _plan(needed, group_sizes, row_of, column, sizes)
     return Quantized(rows, *scales) if scales else rows, plan
@@ -58,8 +55,8 @@ def dispatch_start(
 ) -> tuple[Array, FlatRoute]:
     """What tells the second half where the tokens are, as an array like `in_flight`; the route."""
     x = at_least_one(x)
-    needed, flight = ffi_call(
-        "jax_ds_deep_ep_low_latency_dispatch_start",
+    needed, flight = exchange(
+        "low_latency_dispatch_start",
         [_needed(ids, sizes), in_flight],
         axis_index(sizes),
         x,
@@ -69,8 +66,6 @@ def dispatch_start(
             **_attributes(ids.shape[0], x.shape[1], x.dtype, sizes, "start"),
             "quantize": quantize,
         },
-        vmap_method="sequential",
-        communicates=True,
     )
     return flight, FlatRoute(needed, sizes.axis_name)
 
@@ -86,8 +81,8 @@ def dispatch_finish(
 ) -> tuple[Any, DispatchPlan]:
     """As `dispatch`; `dtype` is that of the rows."""
     ids = jax.ShapeDtypeStruct((route.needed.shape[1], sizes.top_k), jnp.int32)
-    rows, group_sizes, row_of, column, *scales = ffi_call(
-        "jax_ds_deep_ep_low_latency_dispatch_finish",
+    rows, group_sizes, row_of, column, *scales = exchange(
+        "low_latency_dispatch_finish",
         _rows(ids, hidden, dtype, sizes, quantize),
         in_flight,
         *after,
@@ -95,8 +90,6 @@ def dispatch_finish(
             **_attributes(ids.shape[0], hidden, dtype, sizes, "finish"),
             "quantize": quantize,
         },
-        vmap_method="sequential",
-        communicates=True,
     )
     plan = _plan(route.needed, group_sizes, row_of, column, sizes)
     return Quantized(rows, *scales) if scales else rows, plan
@@ -108,7 +101,7 @@ def combine(
     """`y[t] = sum_k weights_tk * row of (t, k)`; one token of zeros where there is none."""
     needed = plan.route.needed
     output = jax.ShapeDtypeStruct((needed.shape[1], rows.shape[1]), rows.dtype)
-    target = "jax_ds_deep_ep_low_latency_combine"
+    target = "low_latency_combine"
     return _combine_rows(target, output, rows, plan, weights, after, "whole")
 
 
@@ -120,7 +113,7 @@ def combine_start(
     in_flight: jax.ShapeDtypeStruct,
 ) -> Array:
     """What tells the second half where the sums are, as an array like `in_flight`."""
-    target = "jax_ds_deep_ep_low_latency_combine_start"
+    target = "low_latency_combine_start"
     return _combine_rows(target, in_flight, rows, plan, weights, after, "start")
 
 
@@ -129,15 +122,13 @@ def combine_finish(
 ) -> Float[Array, "T H"]:
     """As `combine`."""
     _, num_tokens, hidden = in_flight.shape
-    (y,) = ffi_call(
-        "jax_ds_deep_ep_low_latency_combine_finish",
+    (y,) = exchange(
+        "low_latency_combine_finish",
         [jax.ShapeDtypeStruct((num_tokens, hidden), in_flight.dtype)],
         needed,
         in_flight,
         *after,
         attributes=_attributes(num_tokens, hidden, in_flight.dtype, sizes, "finish"),
-        vmap_method="sequential",
-        communicates=True,
     )
     result: Array = y
     return result
@@ -209,7 +200,7 @@ def _combine_rows(
     half: str,
 ) -> Array:
     needed = plan.route.needed
-    (result,) = ffi_call(
+    (result,) = exchange(
         target,
         [output],
         axis_index(plan.sizes),
@@ -220,8 +211,6 @@ def _combine_rows(
         at_least_one(weights),
         *after,
         attributes=_attributes(needed.shape[1], rows.shape[1], rows.dtype, plan.sizes, half),
-        vmap_method="sequential",
-        communicates=True,
     )
     made: Array = result
     return made
