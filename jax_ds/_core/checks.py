@@ -75,11 +75,15 @@ def known_values(x: Any) -> np.ndarray[Any, Any] | None:
     return np.asarray(x) if known else None
 
 
+def axis_names(axis_name: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of one mesh axis or of several."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
 def check_axis(argument: str, axis_name: str | tuple[str, ...]) -> int:
     """Requires mesh axes that are manual here (inside `jax.shard_map`); returns their size."""
     try:
-        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-        return int(jax.lax.axis_size(names))
+        return int(jax.lax.axis_size(axis_names(axis_name)))
     except (NameError, KeyError, TypeError):
         fail(argument, "must name axes of the enclosing jax.shard_map", repr(axis_name))
 

@@ -134,15 +134,15 @@ def launch(
         if operand is not None:
             operands.append(operand)
             layouts.append(None)
-    (out,) = ffi_call(
+    out: Array = ffi_call(
         _TARGET,
         [jax.ShapeDtypeStruct(shape, problem.output)],
         *operands,
         attributes={**dataclasses.asdict(problem), "zero_tail": zero_tail, "config": config},
         input_layouts=layouts,
         aliases=None if accumulate is None else {len(operands) - 1: 0},
-    )
-    return jnp.asarray(out)
+    )[0]
+    return out
 
 
 def _padded(q: Quantized, rows: int, *, per_row: bool) -> Quantized:

@@ -138,14 +138,15 @@ def _step(
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = seq_lens[:, None] - tokens.shape[1] + steps[None, :]
     valid = positions >= 0
+    positions = jnp.maximum(positions, 0)
 
     def layer(carry: Any, params: LayerParams) -> tuple[Any, None]:
         x, pages, index = carry
         table = page_table + index * per_layer
         attention = params.attention
         normed = rms_norm(x, attention.norm, config.norm_eps)
-        q_nope, q_rope = queries(config, attention, normed, jnp.maximum(positions, 0))
-        latent, k_rope = latents(config, attention, normed, jnp.maximum(positions, 0))
+        q_nope, q_rope = queries(config, attention, normed, positions)
+        latent, k_rope = latents(config, attention, normed, positions)
         row = jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1)
         impl = config.implementation
         pages = flash_mla.append(pages, row, table, seq_lens, implementation=impl)

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
-from jax_ds._core.checks import check
+from jax_ds._core.checks import axis_names, check
 from jax_ds._runtime.varying import to_varying
 from jax_ds.models.config import ModelConfig
 from jax_ds.models.model import forward
@@ -73,8 +73,7 @@ def init_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, seed: int) ->
 
 
 def _check_mesh(model: ModelConfig, mesh: Mesh) -> None:
-    name = model.axis_name
-    axes = (name,) if isinstance(name, str) else tuple(name)
+    axes = axis_names(model.axis_name)
     known = set(axes) <= set(mesh.axis_names)
     check(known, "axis_name", f"must name axes of the mesh {mesh.axis_names}", model.axis_name)
     ranks = math.prod(mesh.shape[axis] for axis in axes)
