@@ -40,4 +40,10 @@ class Kernel {
   mutable std::array<std::atomic<cuda::Function>, kMaxDevices> functions_ = {};
 };
 
+// The Initialize stage of a state that has one kernel.
+template <typename State>
+Error LoadKernel(State* state, int32_t ordinal) {
+  return state->kernel->Load(ordinal);
+}
+
 }  // namespace jax_ds::jit

@@ -8,6 +8,7 @@
 #include "jit/launch.h"
 #include "quantization/plan.h"
 #include "support/shape.h"
+#include "support/stages.h"
 
 namespace jax_ds::quantization {
 namespace {
@@ -52,8 +53,6 @@ ErrorOr<std::unique_ptr<RowsState>> InstantiateRows(std::string_view input, int6
   return state;
 }
 
-Error InitializeRows(RowsState* state, int32_t ordinal) { return state->kernel->Load(ordinal); }
-
 // `rest` may hold one operand, num_rows: int32 [...], the rows to quantize of each matrix.
 Error ExecuteRows(RowsState* state, int32_t ordinal, cuda::Stream stream, AnyBuffer x,
                   ffi::RemainingArgs rest, ffi::Result<AnyBuffer> values,
@@ -82,19 +81,6 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateRows, InstantiateRows,
                            .Attr<int64_t>("k")
                            .Attr<bool>("swiglu")
                            .Attr<bool>("ue8m0"));
-XLA_FFI_DEFINE_HANDLER(
-    kInitializeRows, InitializeRows,
-    ffi::Ffi::BindInitialize().Ctx<ffi::State<RowsState>>().Ctx<ffi::DeviceOrdinal>());
-XLA_FFI_DEFINE_HANDLER(kExecuteRows, ExecuteRows,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::State<RowsState>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>(),
-                       {ffi::Traits::kCmdBufferCompatible});
 
 // ---- tiles: x [..., M, K] -> rows: values, scales; columns: values [..., K, P], scales ----------
 
@@ -126,8 +112,6 @@ ErrorOr<std::unique_ptr<TilesState>> InstantiateTiles(std::string_view input,
   JAX_DS_ASSIGN_OR_RETURN(state->kernel, jit::GetKernel(state->plan.Spec()));
   return state;
 }
-
-Error InitializeTiles(TilesState* state, int32_t ordinal) { return state->kernel->Load(ordinal); }
 
 // The columns' results, which square blocks without a transpose do not have.
 Error TakeColumns(const TilesState& state, const ffi::RemainingRets& rets, TilesParams* params) {
@@ -185,20 +169,6 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateTiles, InstantiateTiles,
                            .Attr<int64_t>("p")
                            .Attr<bool>("swiglu")
                            .Attr<bool>("ue8m0"));
-XLA_FFI_DEFINE_HANDLER(
-    kInitializeTiles, InitializeTiles,
-    ffi::Ffi::BindInitialize().Ctx<ffi::State<TilesState>>().Ctx<ffi::DeviceOrdinal>());
-XLA_FFI_DEFINE_HANDLER(kExecuteTiles, ExecuteTiles,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::State<TilesState>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .RemainingRets(),
-                       {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
@@ -206,8 +176,10 @@ Room GetRoom() {
   return {"quantization",
           {{"jax_ds_quantize_rows_state", &RowsState::id, RowsState::info()},
            {"jax_ds_quantize_tiles_state", &TilesState::id, TilesState::info()}},
-          {{"jax_ds_quantize_rows", kInstantiateRows, nullptr, kInitializeRows, kExecuteRows},
-           {"jax_ds_quantize_tiles", kInstantiateTiles, nullptr, kInitializeTiles, kExecuteTiles}},
+          {{"jax_ds_quantize_rows", kInstantiateRows, nullptr,
+            InitializeStage<jit::LoadKernel<RowsState>>, ExecuteStage<ExecuteRows>},
+           {"jax_ds_quantize_tiles", kInstantiateTiles, nullptr,
+            InitializeStage<jit::LoadKernel<TilesState>>, ExecuteStage<ExecuteTiles>}},
           AllKernels()};
 }
 
