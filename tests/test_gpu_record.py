@@ -1,5 +1,6 @@
 """What `make gpu-test` makes of pytest's reports."""
 
+import argparse
 import pathlib
 
 import pytest
@@ -23,6 +24,44 @@ def test_every_outcome_says_why(tmp_path: pathlib.Path) -> None:
         "t::broken": "failed: no device",
         "t::unfit": "skipped: needs a peer",
     }
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices"),
+    [
+        ("0", ["0", "0", "0", "0"]),
+        ("1", ["1", "1", "1", "1"]),
+        ("2,5", ["5", "2,5", "2", "5"]),
+        ("GPU-a,GPU-b,GPU-c", ["GPU-c", "GPU-a,GPU-b", "GPU-a", "GPU-b"]),
+    ],
+)
+def test_parts_use_the_visible_gpus(
+    gpus: str, devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each part's processes see, in the order of RUNS."""
+    seen = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(
+        run,
+        "_run",
+        lambda command, environment, count: seen.append(environment) or run.Run(0, 0, {}),
+    )
+    options = argparse.Namespace(nccl="", timeout=1)
+    for name in run.RUNS:
+        run._part(name, run.visible_gpus(), options)
+    assert seen == [{"CUDA_VISIBLE_DEVICES": names} for names in devices]
+
+
+def test_the_slowest_tests_are_told(tmp_path: pathlib.Path) -> None:
+    """A test of several ranks took as long as on the slowest of them."""
+    for rank, seconds in enumerate((3.0, 1.0)):
+        (tmp_path / f"{rank}.xml").write_text(
+            f'<s><testcase classname="t" name="a" time="{seconds}" />'
+            '<testcase classname="t" name="b" time="2.5" /></s>'
+        )
+    reports = sorted(tmp_path.glob("*.xml"))
+    assert run._slowest(reports) == {"t::a": 3.0, "t::b": 2.5}
+    assert run._slowest(reports, count=1) == {"t::a": 3.0}
 
 
 def test_a_failure_on_any_rank_is_one() -> None:

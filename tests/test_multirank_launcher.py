@@ -42,6 +42,14 @@ def test_every_rank_has_its_gpu_and_host(tmp_path: pathlib.Path) -> None:
         assert f"---- rank {rank}: status 0" in result.stdout
 
 
+def test_only_visible_gpus_are_used(tmp_path: pathlib.Path) -> None:
+    result = _run(tmp_path, "", "--ranks", "2", gpus="3,1")
+    assert result.returncode == 0, result.stderr
+    for rank, gpu in enumerate((3, 1)):
+        log = (tmp_path / "logs" / f"rank{rank}.txt").read_text()
+        assert f"on {gpu} host None shared False" in log
+
+
 def test_an_mps_daemon_that_runs_is_used(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

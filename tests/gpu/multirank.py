@@ -5,8 +5,9 @@
 
 Without a program it runs the tests marked `multigpu`; arguments after `--` that begin with `-` go
 to pytest. `{rank}` in them becomes the rank. A program calls `tests.gpu.multirank.join()` first.
-Where there are fewer GPUs than ranks, ranks share them under MPS, and NCCL must be 2.30.4 or newer:
-`--nccl` names the library to use in place of the installed one. With `--nodes` NCCL takes equal
+CUDA_VISIBLE_DEVICES says which GPUs to use. Where there are fewer than ranks, ranks share them
+under MPS, and NCCL must be 2.30.4 or newer: `--nccl` names the library to use in place of the
+installed one. With `--nodes` NCCL takes equal
 parts of the ranks for separate hosts. Every rank's output goes to a file, the status of the first
 to fail is ours, and no rank outlives the timeout.
 """
@@ -62,6 +63,19 @@ def shares_gpu() -> bool:
     return "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that a program started here may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return []
+    lines = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(gpu) for gpu in range(len(lines))]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=8)
@@ -77,7 +91,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.ranks < 1 or options.nodes < 1 or options.ranks % options.nodes:
         parser.error("--ranks must be a positive multiple of --nodes")
-    gpus = _count_gpus()
+    gpus = visible_gpus()
     if not gpus:
         parser.error("no NVIDIA GPU: nvidia-smi lists none")
     command = list(options.program)
@@ -88,15 +102,17 @@ def main() -> int:
             options.logs or stack.enter_context(tempfile.TemporaryDirectory(prefix="multirank-"))
         )
         logs.mkdir(parents=True, exist_ok=True)
-        shared = options.ranks > gpus
-        mps = stack.enter_context(_mps()) if shared else {}
+        mps = stack.enter_context(_mps()) if options.ranks > len(gpus) else {}
+        if mps:
+            # Programs under a daemon of ours count the GPUs that it has.
+            gpus = [str(gpu) for gpu in range(len(gpus))]
         return _run(command, options, gpus, mps, logs)
 
 
 def _run(
     command: list[str],
     options: argparse.Namespace,
-    gpus: int,
+    gpus: list[str],
     mps: dict[str, str],
     logs: pathlib.Path,
 ) -> int:
@@ -134,15 +150,15 @@ def _run(
 
 
 def _environment(
-    rank: int, options: argparse.Namespace, gpus: int, cache: pathlib.Path
+    rank: int, options: argparse.Namespace, gpus: list[str], cache: pathlib.Path
 ) -> dict[str, str]:
-    per_gpu = -(-options.ranks // gpus)
+    per_gpu = -(-options.ranks // len(gpus))
     environment = {
         "JAX_DS_TEST_RANK": str(rank),
         "JAX_DS_TEST_RANKS": str(options.ranks),
         "JAX_DS_TEST_NODES": str(options.nodes),
         "JAX_DS_TEST_CACHE": str(cache),
-        "CUDA_VISIBLE_DEVICES": str(rank % gpus),
+        "CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)],
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -216,17 +232,6 @@ def _mps() -> Iterator[dict[str, str]]:
             yield mine
         finally:
             subprocess.run([control], input=b"quit\n", env=environment, check=False, timeout=30)
-
-
-def _count_gpus() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name])
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def _free_port() -> int:

@@ -6,10 +6,10 @@
 It needs the native module (`make setup`, or built elsewhere and put beside jax_ds/__init__.py) and,
 of the interpreter that runs it, JAX for CUDA, pytest, pytest-xdist and hypothesis. First come the
 tests of one process, then those of several ranks, which share the GPUs there are; ranks need NCCL
-2.30.4 or newer: `--nccl` names one to use in place of the installed one. Where there are several
-GPUs, the parts run side by side. `--only` repeats a part, and keeps what the record says of the
-others if it is of the same sources. With arguments for pytest only the first part runs and nothing
-is recorded, because the run is not complete.
+2.30.4 or newer: `--nccl` names one to use in place of the installed one. CUDA_VISIBLE_DEVICES says
+which GPUs to use; where there are several, the parts run side by side. `--only` repeats a part, and
+keeps what the record says of the others if it is of the same sources. With arguments for pytest
+only the first part runs and nothing is recorded, because the run is not complete.
 """
 
 import argparse
@@ -25,10 +25,12 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+from tests.gpu.multirank import visible_gpus
 from tests.gpu.record import PENDING, RESULTS, ROOT, RUNS, sources_sha256
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvrtc")
@@ -52,6 +54,7 @@ class Run:
     status: int
     seconds: float
     outcomes: dict[str, str]  # "passed", "skipped: why" or "failed: how", by test
+    slowest: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of a few tests
 
     def count(self, outcome: str) -> int:
         return sum(value.startswith(outcome) for value in self.outcomes.values())
@@ -74,8 +77,9 @@ def main() -> int:
         print(f"no tests of several ranks: {machine['nccl']}")
         wanted = {name: shape for name, shape in wanted.items() if shape == (1, 1)}
     runs = {name: run for name, run in _recorded(digest).items() if name not in wanted}
-    with concurrent.futures.ThreadPoolExecutor(len(RUNS) if machine["gpus"] > 1 else 1) as pool:
-        parts = {pool.submit(_part, name, machine["gpus"], options): name for name in wanted}
+    gpus = visible_gpus()
+    with concurrent.futures.ThreadPoolExecutor(len(RUNS) if len(gpus) > 1 else 1) as pool:
+        parts = {pool.submit(_part, name, gpus, options): name for name in wanted}
         for part in concurrent.futures.as_completed(parts):
             # After every part: a run that is killed later has recorded what it had.
             runs[parts[part]] = part.result()
@@ -83,21 +87,20 @@ def main() -> int:
     return 0 if _complete(runs) else 1
 
 
-def _part(name: str, gpus: int, options: argparse.Namespace) -> Run:
+def _part(name: str, gpus: list[str], options: argparse.Namespace) -> Run:
     """One of RUNS, on a GPU of its own as far as there are several."""
     ranks, nodes = RUNS[name]
-    if gpus == 1:
-        devices = "0"
-    elif ranks == 1:
-        devices = str(gpus - 1)
-    elif ranks <= gpus:
-        devices = ",".join(str(gpu) for gpu in range(ranks))
-    else:
-        devices = str((nodes - 1) % gpus)
-    environment = {"CUDA_VISIBLE_DEVICES": devices}
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(_devices(ranks, nodes, gpus))}
     if ranks == 1:
         return _one_process(options.nccl, environment, [])
     return _ranks(ranks, nodes, environment, options)
+
+
+def _devices(ranks: int, nodes: int, gpus: list[str]) -> list[str]:
+    """Those of `gpus` that a part runs on: one for each rank, or one for all."""
+    if ranks == 1:
+        return gpus[-1:]
+    return gpus[:ranks] if ranks <= len(gpus) else [gpus[(nodes - 1) % len(gpus)]]
 
 
 def _recorded(digest: str) -> dict[str, Run]:
@@ -135,15 +138,20 @@ def _run(command: list[str], environment: dict[str, str], count: int) -> Run:
         command = [word.replace("{reports}", folder) for word in command]
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         reports = sorted(pathlib.Path(folder).glob("*.xml"))
-        outcomes = _merged([_outcomes(file) for file in reports])
+        outcomes, slowest = _merged([_outcomes(file) for file in reports]), _slowest(reports)
         if len(reports) < count:
             outcomes["all"] = f"failed: {count - len(reports)} of {count} processes left no report"
-    return Run(status, round(time.monotonic() - start, 1), outcomes)
+    return Run(status, round(time.monotonic() - start, 1), outcomes, slowest)
+
+
+def _cases(report: pathlib.Path) -> Iterator[tuple[str, ET.Element]]:
+    for case in ET.parse(report).getroot().iter("testcase"):
+        yield f"{case.get('classname')}::{case.get('name')}", case
 
 
 def _outcomes(report: pathlib.Path) -> dict[str, str]:
     outcomes = {}
-    for case in ET.parse(report).getroot().iter("testcase"):
+    for name, case in _cases(report):
         outcome = "passed"
         for child in case:
             reason = " ".join(child.get("message", "").split())[:200]
@@ -151,8 +159,17 @@ def _outcomes(report: pathlib.Path) -> dict[str, str]:
                 outcome = f"failed: {reason}"
             elif child.tag == "skipped":
                 outcome = f"skipped: {reason}"
-        outcomes[f"{case.get('classname')}::{case.get('name')}"] = outcome
+        outcomes[name] = outcome
     return outcomes
+
+
+def _slowest(reports: list[pathlib.Path], count: int = 5) -> dict[str, float]:
+    """Seconds of the slowest tests, on the rank where each took longest."""
+    seconds: dict[str, float] = {}
+    for report in reports:
+        for name, case in _cases(report):
+            seconds[name] = max(seconds.get(name, 0.0), float(case.get("time", 0)))
+    return dict(sorted(seconds.items(), key=lambda item: -item[1])[:count])
 
 
 def _merged(ranks: list[dict[str, str]]) -> dict[str, str]:
@@ -183,7 +200,9 @@ def _record(digest: str, machine: dict[str, Any], runs: dict[str, Run]) -> None:
         PENDING.unlink(missing_ok=True)
     for name, run in runs.items():
         counts = ", ".join(f"{run.count(what)} {what}" for what in ("passed", "failed", "skipped"))
-        print(f"{name}: {counts} in {run.seconds} s, status {run.status}", flush=True)
+        print(f"{name}: {counts} in {run.seconds} s, status {run.status}")
+        for test, seconds in run.slowest.items():
+            print(f"  {seconds:6.1f} s  {test}", flush=True)
 
 
 def _machine(nccl: str) -> dict[str, Any]:
