@@ -54,11 +54,25 @@ def test_tables_show_matching_rows_beside_their_yardsticks() -> None:
     assert not [line for line in lines if line.startswith("| yardstick")]
 
 
+def test_tables_show_marks_and_leave_out_empty_columns() -> None:
+    rows = {
+        "bf16 8192x8192x8192": {"us": 1300.0, "tflops": 800, "launches": 0},
+        "product": {"us": 4.0, "tflops": 1000, "launches": 0},
+    }
+    part = {"rows": rows, "marks_us": {"product": 5.0}, "machine": MACHINE}
+    assert tables.table(part, "").splitlines() == [
+        "| case | µs | TFLOPS | of the yardstick | mark, µs | mark / µs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| bf16 8192x8192x8192 | 1300 | 800 | 1.00 |  |  |",
+        "| product | 4.0 | 1000 | 1.25 | 5.0 | 1.25 |",
+    ]
+
+
 def test_the_table_of_startup_times() -> None:
     row = {"kernels": 3, "compile_s": [0.5, 1.25], "read_ms": [2.0, 3.0], "load_ms": [0.1, 0.25]}
     text = "<!-- benchmarks startup -->\n<!-- end -->\n"
     filled = tables.fill(text, {"startup": {"rows": {"deep_gemm": row}, "machine": MACHINE}})
-    assert "| deep_gemm | 3 | 0.5, 1.25 | 2.0, 3.0 | 0.1, 0.25 |" in filled.splitlines()
+    assert "| deep_gemm | 3 | 0.50, 1.25 | 2.00, 3.00 | 0.10, 0.25 |" in filled.splitlines()
 
 
 @pytest.mark.parametrize("room", ROOMS)
