@@ -11,10 +11,8 @@ run; NVLink is then not measured.
 
 import argparse
 import dataclasses
-import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import timing
 from jax_ds import deep_ep
+from jax_ds._runtime import profile
 from jax_ds.quantization import quantize_1x128
 from tests.gpu import multirank
 
@@ -324,16 +323,16 @@ def show_overlap(case: Case, say: Callable[[str], None]) -> None:
     options = {"xla_gpu_graph_min_graph_size": 1 << 30}
     program = ranks.jit(halves).lower(*arguments).compile(compiler_options=options)
     jax.block_until_ready(program(*arguments))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(2):
-                ranks.slowest(0.0)
-                jax.block_until_ready(program(*arguments))
-        file = next(pathlib.Path(folder).rglob("*.xplane.pb"))
-        events = timing.launches_by_program(file)["per_rank"]
+
+    def run() -> None:
+        for _ in range(2):
+            ranks.slowest(0.0)
+            jax.block_until_ready(program(*arguments))
+
+    events = [launch for launch in profile.launches(run) if launch.program == "per_rank"]
     events = events[len(events) // 2 :]
-    for start, duration, name in events:
-        say(f"{(start - events[0][0]) / 1e3:9.1f} us  +{duration / 1e3:7.1f}  {name[:90]}")
+    for start, duration, name, _ in events:
+        say(f"{(start - events[0].start_ns) / 1e3:9.1f} us  +{duration / 1e3:7.1f}  {name[:90]}")
 
 
 def main() -> int:

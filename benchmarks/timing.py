@@ -12,14 +12,15 @@ import json
 import pathlib
 import re
 import statistics
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.profiler import ProfileData
+
+from jax_ds._runtime import profile
+from jax_ds._runtime.profile import Launch
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 _L2_BYTES = 60 << 20
@@ -85,13 +86,16 @@ def measure(rows: Sequence[Row], *, rounds: int = 11) -> dict[str, Timing]:
     compiled = {row.name: _compile(row, labels[row.name]) for row in rows}
     for row in rows:
         jax.block_until_ready(compiled[row.name](*row.operands[0]))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for i in range(rounds):
-                for row in rows:
-                    operands = row.operands[i % len(row.operands)]
-                    jax.block_until_ready(compiled[row.name](*operands))
-        launches = launches_by_program(next(pathlib.Path(folder).rglob("*.xplane.pb")))
+
+    def run() -> None:
+        for i in range(rounds):
+            for row in rows:
+                operands = row.operands[i % len(row.operands)]
+                jax.block_until_ready(compiled[row.name](*operands))
+
+    launches = defaultdict(list)
+    for launch in profile.launches(run):
+        launches[launch.program].append(launch)
     return {row.name: _timing(row, launches[labels[row.name]], rounds) for row in rows}
 
 
@@ -108,43 +112,27 @@ def _compile(row: Row, label: str) -> Callable[..., Any]:
     )
 
 
-def launches_by_program(file: pathlib.Path) -> Mapping[str, list[tuple[float, float, str]]]:
-    """By program: (start, duration, name) of everything the GPU's streams ran, nanoseconds."""
-    found: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-    for plane in ProfileData.from_file(str(file)).planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                stats = dict(event.stats)
-                program = str(stats.get("hlo_module", "")).removeprefix("jit_")
-                found[program].append((event.start_ns, event.duration_ns, event.name))
-    for events in found.values():
-        events.sort()
-    return found
-
-
-def _timing(row: Row, events: list[tuple[float, float, str]], rounds: int) -> Timing:
-    count, rest = divmod(len(events), rounds)
+def _timing(row: Row, launches: Sequence[Launch], rounds: int) -> Timing:
+    count, rest = divmod(len(launches), rounds)
     if rest or not count:
         raise RuntimeError(
-            f"{row.name}: {len(events)} launches in {rounds} rounds; calls must launch alike"
+            f"{row.name}: {len(launches)} launches in {rounds} rounds; calls must launch alike"
         )
-    calls = [events[i * count : (i + 1) * count] for i in range(rounds)]
+    calls = [launches[i * count : (i + 1) * count] for i in range(rounds)]
     # The first round may still warm caches.
     times = [_busy(call) / 1e3 for call in calls[1:]]
-    names = tuple(name for _, _, name in calls[-1])
+    names = tuple(launch.name for launch in calls[-1])
     return Timing(statistics.median(times), min(times), names, row.bytes, row.flops)
 
 
-def _busy(call: Sequence[tuple[float, float, str]]) -> float:
-    """Time in which any kernel of the call ran: a dependent launch may overlap the one before."""
+def _busy(call: Sequence[Launch]) -> float:
+    """Nanoseconds in which anything of the call ran: a dependent launch may overlap the one
+    before."""
     total, until = 0.0, float("-inf")
-    for start, duration, _ in call:
-        total += max(0.0, start + duration - max(start, until))
-        until = max(until, start + duration)
+    for launch in call:
+        end = launch.start_ns + launch.duration_ns
+        total += max(0.0, end - max(launch.start_ns, until))
+        until = max(until, end)
     return total
 
 

@@ -3,17 +3,15 @@
 import math
 import pathlib
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.profiler import ProfileData
 from jax.typing import DTypeLike
 
 from jax_ds._core.checks import check
-from jax_ds._runtime import native
+from jax_ds._runtime import native, profile
 from jax_ds.deep_gemm import ffi, tuned
 from jax_ds.deep_gemm.explain import checked_problem
 from jax_ds.quantization import Quantized
@@ -132,26 +130,14 @@ def _measure(
     """Median microseconds of the kernel that each call launches."""
     for call in calls.values():
         jax.block_until_ready(call(*copies[0]))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for i in range(_ROUNDS):
-                for call in calls.values():
-                    jax.block_until_ready(call(*copies[i % len(copies)]))
-        times = _kernel_times(next(pathlib.Path(folder).rglob("*.xplane.pb")))
+
+    def run() -> None:
+        for i in range(_ROUNDS):
+            for call in calls.values():
+                jax.block_until_ready(call(*copies[i % len(copies)]))
+
+    launches = profile.launches(run)
+    times = [launch.duration_ns / 1e3 for launch in launches if "deep_gemm" in launch.name]
     if len(times) != _ROUNDS * len(calls):
         raise RuntimeError(f"{len(times)} kernels in {_ROUNDS} rounds of {len(calls)} calls")
     return {name: statistics.median(times[i :: len(calls)]) for i, name in enumerate(calls)}
-
-
-def _kernel_times(file: pathlib.Path) -> list[float]:
-    """Microseconds of the GEMM kernels, in the order in which they ran."""
-    found = [
-        (event.start_ns, event.duration_ns / 1e3)
-        for plane in ProfileData.from_file(str(file)).planes
-        if plane.name.startswith("/device:GPU")
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-        if "deep_gemm" in event.name
-    ]
-    return [time for _, time in sorted(found)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_ds import quantization
-from jax_ds._runtime import native
+from jax_ds._runtime import native, profile
 
 pytestmark = pytest.mark.gpu
 
@@ -42,6 +42,20 @@ def _same(actual: Any, expected: Any) -> None:
 
 def test_nothing_stands_in_the_way() -> None:
     assert native.why_not_native() is None
+
+
+def test_the_profiler_tells_what_ran() -> None:
+    @functools.partial(jax.jit, compiler_options={"xla_gpu_graph_min_graph_size": 1 << 30})
+    def quantized(x: jax.Array) -> Any:
+        return quantization.quantize_1x128(x, implementation="cuda")
+
+    x = jax.block_until_ready(_operand(0))
+    jax.block_until_ready(quantized(x))
+    found = profile.launches(lambda: [jax.block_until_ready(quantized(x)) for _ in range(2)])
+    kernels = [launch for launch in found if "quantize_rows" in launch.name]
+    assert [launch.program for launch in kernels] == ["quantized"] * 2
+    assert all(launch.duration_ns > 0 for launch in kernels)
+    assert kernels[0].start_ns + kernels[0].duration_ns <= kernels[1].start_ns
 
 
 def test_command_buffers_replay_with_changed_data() -> None:
