@@ -28,9 +28,7 @@ ErrorOr<cuda::Function> Kernel::LoadFunction() const {
 }
 
 Error Kernel::Load(int ordinal) const {
-  if (ordinal < 0 || ordinal >= kMaxDevices) {
-    return Internal("device ordinal " + std::to_string(ordinal) + " is out of range");
-  }
+  JAX_DS_RETURN_IF_ERROR(CheckOrdinal(ordinal));
   if (functions_[ordinal].load(std::memory_order_acquire) != nullptr) return Error::Success();
   JAX_DS_ASSIGN_OR_RETURN(const Driver* driver, Driver::Get());
   return driver->WithContext(ordinal, [&]() -> Error {

@@ -1,12 +1,11 @@
 // A compiled kernel, and its function on each local device.
 #pragma once
 
-#include <array>
-#include <atomic>
 #include <string>
 
 #include "jit/spec.h"
 #include "support/cuda.h"
+#include "support/per_device.h"
 #include "support/status.h"
 
 namespace jax_ds::jit {
@@ -30,14 +29,12 @@ class Kernel {
   const Resources& resources() const { return resources_; }
 
  private:
-  static constexpr int kMaxDevices = 64;
-
   ErrorOr<cuda::Function> LoadFunction() const;
 
   KernelSpec spec_;
   Binary binary_;
   Resources resources_;
-  mutable std::array<std::atomic<cuda::Function>, kMaxDevices> functions_ = {};
+  mutable PerDevice<cuda::Function> functions_ = {};
 };
 
 // The Initialize stage of a state that has one kernel.

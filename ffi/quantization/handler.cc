@@ -17,8 +17,6 @@ namespace ffi = xla::ffi;
 
 DataType Type(Input input) { return input == Input::kBfloat16 ? DataType::BF16 : DataType::F32; }
 
-int64_t Blocks128(int64_t size) { return (size + kBlock - 1) / kBlock; }
-
 // The matrices' rows: the last dimension but one.
 int64_t Rows(const AnyBuffer& x) { return x.dimensions()[x.dimensions().size() - 2]; }
 

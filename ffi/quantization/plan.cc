@@ -3,6 +3,8 @@
 #include <limits>
 #include <string>
 
+#include "support/shape.h"
+
 namespace jax_ds::quantization {
 namespace {
 
@@ -13,8 +15,6 @@ std::string Bool(bool value) { return value ? "true" : "false"; }
 std::string Name(Input input) {
   return kSpace + "Input::" + (input == Input::kBfloat16 ? "kBfloat16" : "kFloat32");
 }
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Grids and rows are 32-bit, and so are offsets within 128 rows of [M, 2K].
 constexpr int64_t kMaxColumns = 1 << 22;
@@ -52,14 +52,14 @@ jit::KernelSpec RowsPlan::Spec() const {
 ErrorOr<unsigned int> RowsPlan::Grid(int64_t batch, int64_t m, int64_t k,
                                      RowsParams* params) const {
   const int64_t row_tiles = CeilDiv(m, TileRows());
-  const int64_t col_tiles = CeilDiv(CeilDiv(k, kBlock), kTileBlocks);
+  const int64_t col_tiles = CeilDiv(Blocks128(k), kTileBlocks);
   const int64_t grid = batch * row_tiles * col_tiles;
   JAX_DS_RETURN_IF_ERROR(CheckSize("rows", m));
   JAX_DS_RETURN_IF_ERROR(CheckSize("columns", k, kMaxColumns));
   JAX_DS_RETURN_IF_ERROR(CheckSize("tiles", grid));
   params->m = static_cast<int>(m);
   params->k = static_cast<int>(k);
-  params->kb = static_cast<int>(CeilDiv(k, kBlock));
+  params->kb = static_cast<int>(Blocks128(k));
   params->row_tiles = static_cast<int>(row_tiles);
   params->col_tiles = static_cast<int>(col_tiles);
   return static_cast<unsigned int>(grid);
@@ -79,7 +79,7 @@ jit::KernelSpec TilesPlan::Spec() const {
 
 ErrorOr<unsigned int> TilesPlan::Grid(int64_t batch, int64_t m, int64_t k, int64_t p,
                                       TilesParams* params) const {
-  const int64_t row_tiles = CeilDiv(p, kBlock), kb = CeilDiv(k, kBlock);
+  const int64_t row_tiles = Blocks128(p), kb = Blocks128(k);
   const int64_t tiles = batch * row_tiles * kb;
   JAX_DS_RETURN_IF_ERROR(CheckSize("rows", m));
   JAX_DS_RETURN_IF_ERROR(CheckSize("columns", k, kMaxColumns));

@@ -1,4 +1,5 @@
-// The second check of what Python has checked with full wording: one line each in a handler.
+// The arithmetic of shapes, and the second check of what Python has checked with full wording: one
+// line each in a handler.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,11 @@ namespace jax_ds {
 
 using xla::ffi::AnyBuffer;
 using xla::ffi::DataType;
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of 128 that cover `size`: scales along a dimension.
+inline int64_t Blocks128(int64_t size) { return CeilDiv(size, 128); }
 
 // The product of all dimensions but the last `trailing`; leading ones are batch (vmap adds them).
 inline int64_t LeadingSize(const AnyBuffer& buffer, size_t trailing) {

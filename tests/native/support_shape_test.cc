@@ -25,5 +25,7 @@ int main() {
            "jax_ds: q: must be [..., 64, 512] of XLA type 16, got [3, 2, 64, 576, ] of type 16");
   CHECK_EQ(jax_ds::LeadingSize(buffer, 2), 6);
   CHECK_EQ(jax_ds::LeadingSize(buffer, 4), 1);
+  CHECK_EQ(jax_ds::Blocks128(0), 0);
+  CHECK_EQ(jax_ds::Blocks128(129), 2);
   return jax_ds::testing::failures;
 }
