@@ -14,13 +14,15 @@ set -euo pipefail
 
 processes=${1:?"how many processes? usage: examples/multi_process.sh N [flags of train_deepseek_v3.py]"}
 shift
-program="$(dirname "$0")/train_deepseek_v3.py"
+folder=$(dirname "$0")
+python=${PYTHON:-$folder/../.venv/bin/python} # made by `make setup`
+[[ -n ${PYTHON:-} || -x $python ]] || python=python
 port=${PORT:-$((20000 + RANDOM % 20000))}
 
 pids=()
 for ((id = 0; id < processes; id++)); do
-  "${PYTHON:-python}" "$program" --coordinator="localhost:$port" --num_processes="$processes" \
-    --process_id="$id" "$@" &
+  "$python" "$folder/train_deepseek_v3.py" --coordinator="localhost:$port" \
+    --num_processes="$processes" --process_id="$id" "$@" &
   pids+=($!)
 done
 # Ctrl-C reaches every process of the group; wait until all have saved.
