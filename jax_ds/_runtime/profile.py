@@ -2,6 +2,7 @@
 
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,20 +19,30 @@ class Launch(NamedTuple):
     program: str  # the jitted function; not known of what a command buffer launches
 
 
-def launches(run: Callable[[], Any]) -> list[Launch]:
-    """What this process's GPUs ran during `run()`, which must wait for its results; by start."""
+def launches(
+    run: Callable[[], Any], *, planes: str = "/device:GPU", lines: str = "Stream"
+) -> list[Launch]:
+    """What this process's GPUs ran during `run()`, which must wait for its results; by start.
+
+    `planes` and `lines` are how the names of those parts of the record begin that are read.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
-        return sorted(_read(next(pathlib.Path(folder).rglob("*.xplane.pb"))))
+        file = next(pathlib.Path(folder).rglob("*.xplane.pb"))
+        with warnings.catch_warnings():
+            # JAX warns when it first makes the type of an event's details, and where warnings are
+            # errors it then ends the process.
+            warnings.simplefilter("ignore")
+            return sorted(_read(file, planes, lines))
 
 
-def _read(file: pathlib.Path) -> Iterator[Launch]:
+def _read(file: pathlib.Path, planes: str, lines: str) -> Iterator[Launch]:
     for plane in ProfileData.from_file(str(file)).planes:
-        if not plane.name.startswith("/device:GPU"):
+        if not plane.name.startswith(planes):
             continue
         for line in plane.lines:
-            if not line.name.startswith("Stream"):
+            if not line.name.startswith(lines):
                 continue
             for event in line.events:
                 program = str(dict(event.stats).get("hlo_module", "")).removeprefix("jit_")

@@ -10,3 +10,11 @@ def test_without_gpus_nothing_was_launched() -> None:
     ran = []
     assert profile.launches(lambda: ran.append(jax.block_until_ready(jnp.ones(3) + 1))) == []
     assert len(ran) == 1
+
+
+def test_events_are_read_where_warnings_are_errors() -> None:
+    """Those of the host, as there is no GPU."""
+    found = profile.launches(lambda: jax.block_until_ready(jnp.ones(3) + 1), planes="/", lines="")
+    assert found == sorted(found)
+    assert all(launch.name and launch.duration_ns >= 0 for launch in found)
+    assert found
