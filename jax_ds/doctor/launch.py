@@ -3,13 +3,11 @@
 import argparse
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 
-Processes = list["subprocess.Popen[bytes]"]
+from jax_ds._core import processes
 
 
 def start(options: argparse.Namespace) -> int:
@@ -27,16 +25,26 @@ def start(options: argparse.Namespace) -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="bring-up-") as folder:
         files = [pathlib.Path(folder, f"rank{rank}.txt") for rank in range(ranks)]
-        return _report(_run(_command(options), gpus, files), files)
+        command = _command(options)
+        commands = [[*command, "--rank", str(rank)] for rank in range(ranks)]
+        return _report(processes.run(commands, _environments(ranks, gpus), files), files)
 
 
 def _command(options: argparse.Namespace) -> list[str]:
     given = {"at-least": options.at_least, "timeout": options.timeout, "mib": options.mib}
     command = [sys.executable, "-m", "jax_ds.doctor", "--ranks", str(options.ranks)]
-    command += ["--coordinator", f"127.0.0.1:{_free_port()}"]
+    command += ["--coordinator", f"127.0.0.1:{processes.free_port()}"]
     for name, value in given.items():
         command += [] if value is None else [f"--{name}", str(value)]
     return command
+
+
+def _environments(ranks: int, gpus: list[str]) -> list[dict[str, str]]:
+    """One GPU each, where there are any."""
+    return [
+        {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus[rank]} if gpus else {})}
+        for rank in range(ranks)
+    ]
 
 
 def _visible_gpus() -> list[str]:
@@ -50,43 +58,6 @@ def _visible_gpus() -> list[str]:
     return visible.split(",")[: int(count)] if visible else [str(i) for i in range(int(count))]
 
 
-def _run(command: list[str], gpus: list[str], files: list[pathlib.Path]) -> list[int]:
-    """Every rank's status; its output goes to its file."""
-    processes: Processes = []
-    try:
-        for rank, file in enumerate(files):
-            environment = dict(os.environ)
-            if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = gpus[rank]
-            with file.open("wb") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [*command, "--rank", str(rank)],
-                        env=environment,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        _wait(processes)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-    return [process.wait() for process in processes]
-
-
-def _wait(processes: Processes) -> None:
-    """Until all have ended; the others have ten seconds once one has failed."""
-    deadline = float("inf")
-    while time.monotonic() < deadline:
-        statuses = [process.poll() for process in processes]
-        if None not in statuses:
-            return
-        if any(statuses) and deadline == float("inf"):
-            deadline = time.monotonic() + 10
-        time.sleep(0.05)
-
-
 def _report(statuses: list[int], files: list[pathlib.Path]) -> int:
     lines = [file.read_text(errors="replace").splitlines() for file in files]
     # Where all ranks came to the end they agree, and rank 0 has printed what they found.
@@ -97,10 +68,3 @@ def _report(statuses: list[int], files: list[pathlib.Path]) -> int:
             last = lines[rank][-1] if lines[rank] else "it said nothing"
             print(f"rank {rank} ended with status {status}: {last}")
     return int(any(statuses))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

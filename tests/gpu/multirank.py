@@ -7,24 +7,24 @@ Without a program it runs the tests marked `multigpu`; arguments after `--` that
 to pytest. `{rank}` in them becomes the rank. A program calls `tests.gpu.multirank.join()` first.
 CUDA_VISIBLE_DEVICES says which GPUs to use. Where there are fewer than ranks, ranks share them
 under MPS, and NCCL must be 2.30.4 or newer: `--nccl` names the library to use in place of the
-installed one. With `--nodes` NCCL takes equal
-parts of the ranks for separate hosts. Every rank's output goes to a file, the status of the first
-to fail is ours, and no rank outlives the timeout.
+installed one. With `--nodes` NCCL takes equal parts of the ranks for separate hosts. Every rank's
+output goes to a file, the status of the first to fail is ours, and no rank outlives the timeout.
 """
 
 import argparse
 import contextlib
 import os
 import pathlib
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from jax_ds._core import processes
+from tests.gpu.record import ROOT
+
 _TESTS = [
     "tests/moe/test_multirank.py",
     "tests/deep_ep/test_multinode.py",
@@ -116,48 +116,33 @@ def _run(
     mps: dict[str, str],
     logs: pathlib.Path,
 ) -> int:
-    address = f"127.0.0.1:{_free_port()}"
-    ranks: list[subprocess.Popen[bytes]] = []
-    files = [logs / f"rank{rank}.txt" for rank in range(options.ranks)]
-    try:
-        cache = logs / "compiled"
-        for rank, file in enumerate(files):
-            environment = {
-                **os.environ,
-                **mps,
-                **_environment(rank, options, gpus, cache),
-                "JAX_DS_TEST_COORDINATOR": address,
-            }
-            with file.open("wb") as output:
-                ranks.append(
-                    subprocess.Popen(
-                        [part.replace("{rank}", str(rank)) for part in command],
-                        cwd=ROOT,
-                        env=environment,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
-        _wait(ranks, options.timeout, options.grace)
-    finally:
-        for process in ranks:
-            _stop(process)
-    statuses = [process.wait() for process in ranks]
+    ranks = range(options.ranks)
+    shared = {
+        **os.environ,
+        **mps,
+        "JAX_DS_TEST_COORDINATOR": f"127.0.0.1:{processes.free_port()}",
+        "JAX_DS_TEST_CACHE": str(logs / "compiled"),
+    }
+    files = [logs / f"rank{rank}.txt" for rank in ranks]
+    statuses = processes.run(
+        [[part.replace("{rank}", str(rank)) for part in command] for rank in ranks],
+        [{**shared, **_environment(rank, options, gpus)} for rank in ranks],
+        files,
+        cwd=ROOT,
+        timeout=options.timeout,
+        grace=options.grace,
+    )
     _report(statuses, files, options.lines)
     # Those that we stopped have negative statuses and say nothing of the cause.
     return max(statuses) or int(any(statuses))
 
 
-def _environment(
-    rank: int, options: argparse.Namespace, gpus: list[str], cache: pathlib.Path
-) -> dict[str, str]:
+def _environment(rank: int, options: argparse.Namespace, gpus: list[str]) -> dict[str, str]:
     per_gpu = -(-options.ranks // len(gpus))
     environment = {
         "JAX_DS_TEST_RANK": str(rank),
         "JAX_DS_TEST_RANKS": str(options.ranks),
         "JAX_DS_TEST_NODES": str(options.nodes),
-        "JAX_DS_TEST_CACHE": str(cache),
         "CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)],
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
@@ -175,26 +160,6 @@ def _environment(
     if options.nccl:
         environment["LD_PRELOAD"] = str(pathlib.Path(options.nccl).resolve())
     return environment
-
-
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float, grace: float) -> None:
-    """Until all have ended; after a failure the others may report whom they wait for."""
-    deadline = time.monotonic() + timeout
-    failed = False
-    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
-        if not failed and any(process.poll() for process in ranks):
-            failed = True
-            deadline = min(deadline, time.monotonic() + grace)
-        time.sleep(0.1)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for signal_number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, signal_number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
 
 
 def _report(statuses: list[int], files: list[pathlib.Path], shown_lines: int) -> None:
@@ -232,13 +197,6 @@ def _mps() -> Iterator[dict[str, str]]:
             yield mine
         finally:
             subprocess.run([control], input=b"quit\n", env=environment, check=False, timeout=30)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

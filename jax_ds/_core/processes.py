@@ -1,0 +1,72 @@
+"""Starts the ranks of a job on this machine, one process each."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run(
+    commands: Sequence[Sequence[str]],
+    environments: Sequence[Mapping[str, str]],
+    files: Sequence[pathlib.Path],
+    *,
+    cwd: pathlib.Path | None = None,
+    timeout: float = float("inf"),
+    grace: float = 10.0,
+) -> list[int]:
+    """Runs a command for each rank, its output in its file; their statuses.
+
+    After a failure the others have `grace` seconds to say for whom they wait. Nothing that was
+    started outlives `timeout` seconds, or this call.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for command, environment, file in zip(commands, environments, files, strict=True):
+            with file.open("wb") as output:
+                started.append(
+                    subprocess.Popen(
+                        list(command),
+                        cwd=cwd,
+                        env=environment,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        _wait(started, timeout, grace)
+    finally:
+        for process in started:
+            _stop(process)
+    return [process.wait() for process in started]
+
+
+def _wait(started: Sequence["subprocess.Popen[bytes]"], timeout: float, grace: float) -> None:
+    deadline = time.monotonic() + timeout
+    failed = False
+    while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+        if not failed and any(process.poll() for process in started):
+            failed = True
+            deadline = min(deadline, time.monotonic() + grace)
+        time.sleep(0.05)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    for signal_number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, signal_number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
