@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import threading
 
 import pytest
 
@@ -47,9 +48,24 @@ def test_parts_use_the_visible_gpus(
         lambda command, environment, count: seen.append(environment) or run.Run(0, 0, {}),
     )
     options = argparse.Namespace(nccl="", timeout=1)
+    held = {gpu: threading.Lock() for gpu in run.visible_gpus()}
     for name in run.RUNS:
-        run._part(name, run.visible_gpus(), options)
+        run._part(name, held, options)
     assert seen == [{"CUDA_VISIBLE_DEVICES": names} for names in devices]
+
+
+def test_a_part_waits_for_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_run", lambda *_: run.Run(0, 0, {}))
+    held = {"0": threading.Lock(), "1": threading.Lock()}
+    options = argparse.Namespace(nccl="", timeout=1)
+    with held["1"]:
+        waiting = threading.Thread(target=run._part, args=("2 ranks", held, options))
+        waiting.start()
+        run._part("8 ranks", {"0": threading.Lock(), "1": held["1"]}, options)  # needs only "0"
+        waiting.join(0.2)
+        assert waiting.is_alive()
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_the_slowest_tests_are_told(tmp_path: pathlib.Path) -> None:

@@ -7,13 +7,14 @@ It needs the native module (`make setup`, or built elsewhere and put beside jax_
 of the interpreter that runs it, JAX for CUDA, pytest, pytest-xdist and hypothesis. First come the
 tests of one process, then those of several ranks, which share the GPUs there are; ranks need NCCL
 2.30.4 or newer: `--nccl` names one to use in place of the installed one. CUDA_VISIBLE_DEVICES says
-which GPUs to use; where there are several, the parts run side by side. `--only` repeats a part, and
+which GPUs to use; parts that need different ones run side by side. `--only` repeats a part, and
 keeps what the record says of the others if it is of the same sources. With arguments for pytest
 only the first part runs and nothing is recorded, because the run is not complete.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -23,6 +24,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -77,8 +79,8 @@ def main() -> int:
         print(f"no tests of several ranks: {machine['nccl']}")
         wanted = {name: shape for name, shape in wanted.items() if shape == (1, 1)}
     runs = {name: run for name, run in _recorded(digest).items() if name not in wanted}
-    gpus = visible_gpus()
-    with concurrent.futures.ThreadPoolExecutor(len(RUNS) if len(gpus) > 1 else 1) as pool:
+    gpus = {name: threading.Lock() for name in visible_gpus()}
+    with concurrent.futures.ThreadPoolExecutor(len(RUNS)) as pool:
         parts = {pool.submit(_part, name, gpus, options): name for name in wanted}
         for part in concurrent.futures.as_completed(parts):
             # After every part: a run that is killed later has recorded what it had.
@@ -87,13 +89,17 @@ def main() -> int:
     return 0 if _complete(runs) else 1
 
 
-def _part(name: str, gpus: list[str], options: argparse.Namespace) -> Run:
-    """One of RUNS, on a GPU of its own as far as there are several."""
+def _part(name: str, gpus: dict[str, threading.Lock], options: argparse.Namespace) -> Run:
+    """One of RUNS, alone on its GPUs: ranks that wait for each other cannot take turns."""
     ranks, nodes = RUNS[name]
-    environment = {"CUDA_VISIBLE_DEVICES": ",".join(_devices(ranks, nodes, gpus))}
-    if ranks == 1:
-        return _one_process(options.nccl, environment, [])
-    return _ranks(ranks, nodes, environment, options)
+    devices = _devices(ranks, nodes, list(gpus))
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+    with contextlib.ExitStack() as held:
+        for gpu in sorted(devices):
+            held.enter_context(gpus[gpu])
+        if ranks == 1:
+            return _one_process(options.nccl, environment, [])
+        return _ranks(ranks, nodes, environment, options)
 
 
 def _devices(ranks: int, nodes: int, gpus: list[str]) -> list[str]:
