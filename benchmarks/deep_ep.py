@@ -14,7 +14,7 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import timing
 from jax_ds import deep_ep
 from jax_ds._runtime import profile
+from jax_ds.moe import MoEParams, moe_layer
 from jax_ds.quantization import quantize_1x128
 from tests.gpu import multirank
 
@@ -295,9 +296,8 @@ def measure(case: Case, only: str, say: Callable[[str], None]) -> dict[str, timi
     return timings
 
 
-def show_overlap(case: Case, say: Callable[[str], None]) -> None:
-    """The kernels of one program in which a matrix product runs between the halves."""
-    ranks = Ranks()
+def _halves(case: Case, ranks: Ranks) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Low latency with a product between the halves, both ways."""
 
     def operands(key: Array) -> Any:
         keys = jax.random.split(key, 3)
@@ -318,10 +318,54 @@ def show_overlap(case: Case, say: Callable[[str], None]) -> None:
         more = shared @ a.T
         return shared, deep_ep.low_latency_combine_finish(flight, after=more), more
 
-    arguments = ranks.each(operands)
+    return halves, ranks.each(operands)
+
+
+def layer(case: Case, ranks: Ranks) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A layer with a shared expert, forward and backward; 8 experts a rank, FFN 2048."""
+    experts, ffn = 8, 2048
+
+    def operands(key: Array) -> Any:
+        keys = jax.random.split(key, 6)
+
+        def draw(key: Array, *shape: int) -> Array:
+            return jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5
+
+        everywhere = experts * jax.lax.axis_size("ep")
+        params = MoEParams(
+            router=draw(keys[0], everywhere, case.hidden).astype(jnp.float32),
+            bias=jnp.zeros(everywhere),
+            gate_up=draw(keys[1], experts, 2 * ffn, case.hidden),
+            down=draw(keys[2], experts, case.hidden, ffn),
+            shared_gate_up=draw(keys[3], 2 * ffn, case.hidden),
+            shared_down=draw(keys[4], case.hidden, ffn),
+        )
+        return jax.random.normal(keys[5], (case.tokens, case.hidden), jnp.bfloat16), params
+
+    def both(x: Array, params: MoEParams) -> Any:
+        def forward(x: Array, params: MoEParams) -> Array:
+            return moe_layer(x, params, axis_name="ep", k=case.top_k, capacity_factor=1.25)[0]
+
+        y, pull = jax.vjp(forward, x, params)
+        return y, pull(jnp.tanh(y))  # the backward pass needs the forward's result
+
+    return both, ranks.each(operands)
+
+
+def show_overlap(case: Case, say: Callable[[str], None]) -> None:
+    """What runs while tokens travel: kernels in the order of their start, and the time shared."""
+    ranks = Ranks()
+    for title, make in (("low latency, in halves", _halves), ("layer", layer)):
+        function, arguments = make(case, ranks)
+        say(title)
+        for line in _profiled(ranks, function, arguments):
+            say(line)
+
+
+def _profiled(ranks: Ranks, function: Callable[..., Any], arguments: Any) -> Iterator[str]:
     # A command buffer would hide which program a kernel belongs to.
     options = {"xla_gpu_graph_min_graph_size": 1 << 30}
-    program = ranks.jit(halves).lower(*arguments).compile(compiler_options=options)
+    program = ranks.jit(function).lower(*arguments).compile(compiler_options=options)
     jax.block_until_ready(program(*arguments))
 
     def run() -> None:
@@ -329,10 +373,20 @@ def show_overlap(case: Case, say: Callable[[str], None]) -> None:
             ranks.slowest(0.0)
             jax.block_until_ready(program(*arguments))
 
-    events = [launch for launch in profile.launches(run) if launch.program == "per_rank"]
-    events = events[len(events) // 2 :]
-    for start, duration, name, _ in events:
-        say(f"{(start - events[0].start_ns) / 1e3:9.1f} us  +{duration / 1e3:7.1f}  {name[:90]}")
+    ran = [launch for launch in profile.launches(run) if launch.program == "per_rank"]
+    ran = ran[len(ran) // 2 :]
+    for one in ran:
+        start = (one.start_ns - ran[0].start_ns) / 1e3
+        line = f"{start:9.1f} us  +{one.duration_ns / 1e3:7.1f}  {one.name[:70]}"
+        if "deep_ep" in one.name:
+            beside = sum(_shared_ns(one, other) for other in ran if other is not one)
+            line += f"  with {beside / 1e3:.1f} us of others beside it"
+        yield line
+
+
+def _shared_ns(a: profile.Launch, b: profile.Launch) -> float:
+    end = min(a.start_ns + a.duration_ns, b.start_ns + b.duration_ns)
+    return max(0.0, end - max(a.start_ns, b.start_ns))
 
 
 def main() -> int:
@@ -344,7 +398,7 @@ def main() -> int:
     parser.add_argument("--num-sms", type=int, default=None)
     parser.add_argument("--only", default="", help="rows whose names contain this; saves nothing")
     parser.add_argument(
-        "--overlap", action="store_true", help="show instead when the halves' kernels run"
+        "--overlap", action="store_true", help="show instead what runs while tokens travel"
     )
     parser.add_argument("--nccl", default="", help="libnccl.so.2 to preload")
     options = parser.parse_args()
@@ -352,7 +406,7 @@ def main() -> int:
         launcher = [sys.executable, multirank.__file__, "--ranks", str(options.ranks)]
         launcher += ["--nccl", options.nccl] if options.nccl else []
         worker = [sys.executable, "-m", "benchmarks.deep_ep", *sys.argv[1:]]
-        return subprocess.run([*launcher, "--lines", "30", "--", *worker]).returncode
+        return subprocess.run([*launcher, "--lines", "60", "--", *worker]).returncode
     rank, ranks = multirank.join()
     # Where XLA tunes a program, the processes share the work: each must compile it.
     jax.config.update("jax_share_binary_between_hosts", False)
