@@ -9,7 +9,9 @@
 #include "jit/launch.h"
 #include "jit/tensor_map.h"
 #include "support/driver.h"
+#include "support/per_device.h"
 #include "support/shape.h"
+#include "support/stages.h"
 
 namespace jax_ds::flash_mla {
 namespace {
@@ -28,6 +30,7 @@ struct DecodeState : Stateful<DecodeState> {
   float scale;
   std::shared_ptr<const jit::Kernel> decode;
   std::shared_ptr<const jit::Kernel> combines[std::size(kCombines)];
+  PerDevice<int> multiprocessors = {};
 };
 
 ErrorOr<std::unique_ptr<DecodeState>> Instantiate(int64_t tokens, int64_t heads, bool half,
@@ -55,6 +58,9 @@ ErrorOr<std::unique_ptr<DecodeState>> Instantiate(int64_t tokens, int64_t heads,
 Error Initialize(DecodeState* state, int32_t ordinal) {
   JAX_DS_RETURN_IF_ERROR(state->decode->Load(ordinal));
   for (const auto& kernel : state->combines) JAX_DS_RETURN_IF_ERROR(kernel->Load(ordinal));
+  JAX_DS_ASSIGN_OR_RETURN(const Driver* driver, Driver::Get());
+  JAX_DS_ASSIGN_OR_RETURN(state->multiprocessors[ordinal],
+                          driver->DeviceAttribute(ordinal, cuda::kMultiprocessorCount));
   return Error::Success();
 }
 
@@ -143,11 +149,9 @@ Error Execute(DecodeState* state, int32_t ordinal, cuda::Stream stream, AnyBuffe
   const Buffers buffers = {q,    pages,        table,        lengths, *out,
                            *lse, *partial_out, *partial_lse, *parts};
   JAX_DS_RETURN_IF_ERROR(CheckBuffers(*state, buffers));
-  JAX_DS_ASSIGN_OR_RETURN(const Driver* driver, Driver::Get());
-  JAX_DS_ASSIGN_OR_RETURN(int multiprocessors,
-                          driver->DeviceAttribute(ordinal, cuda::kMultiprocessorCount));
   const int64_t query_rows = state->tokens * state->heads;
-  const DecodeLaunch launch = LaunchDecode(state->config, query_rows, multiprocessors);
+  const DecodeLaunch launch =
+      LaunchDecode(state->config, query_rows, state->multiprocessors[ordinal]);
   if (partial_out->dimensions()[0] < launch.workspace_rows) {
     return InvalidArgument("partial_out: needs " + std::to_string(launch.workspace_rows) +
                            " rows, got " + std::to_string(partial_out->dimensions()[0]));
@@ -182,8 +186,6 @@ ErrorOr<std::unique_ptr<AppendState>> InstantiateAppend() {
   JAX_DS_ASSIGN_OR_RETURN(state->kernel, jit::GetKernel(AppendSpec()));
   return state;
 }
-
-Error InitializeAppend(AppendState* state, int32_t ordinal) { return state->kernel->Load(ordinal); }
 
 Error ExecuteAppend(AppendState* state, int32_t ordinal, cuda::Stream stream, AnyBuffer pages,
                     AnyBuffer kv, AnyBuffer table, AnyBuffer lengths,
@@ -221,40 +223,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                            .Attr<bool>("half")
                            .Attr<bool>("causal")
                            .Attr<float>("scale"));
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, Initialize,
-    ffi::Ffi::BindInitialize().Ctx<ffi::State<DecodeState>>().Ctx<ffi::DeviceOrdinal>());
-XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::State<DecodeState>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>(),
-                       {ffi::Traits::kCmdBufferCompatible});
-
 XLA_FFI_DEFINE_HANDLER(kInstantiateAppend, InstantiateAppend, ffi::Ffi::BindInstantiate());
-XLA_FFI_DEFINE_HANDLER(
-    kInitializeAppend, InitializeAppend,
-    ffi::Ffi::BindInitialize().Ctx<ffi::State<AppendState>>().Ctx<ffi::DeviceOrdinal>());
-XLA_FFI_DEFINE_HANDLER(kExecuteAppend, ExecuteAppend,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::State<AppendState>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Ret<AnyBuffer>(),
-                       {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
@@ -264,9 +233,10 @@ std::vector<StateType> DecodeStateTypes() {
 }
 
 std::vector<Target> DecodeTargets() {
-  return {
-      {"jax_ds_flash_mla_decode", kInstantiate, nullptr, kInitialize, kExecute},
-      {"jax_ds_flash_mla_append", kInstantiateAppend, nullptr, kInitializeAppend, kExecuteAppend}};
+  return {{"jax_ds_flash_mla_decode", kInstantiate, nullptr, InitializeStage<Initialize>,
+           ExecuteStage<Execute>},
+          {"jax_ds_flash_mla_append", kInstantiateAppend, nullptr,
+           InitializeStage<jit::LoadKernel<AppendState>>, ExecuteStage<ExecuteAppend>}};
 }
 
 }  // namespace jax_ds::flash_mla

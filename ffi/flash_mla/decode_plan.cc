@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <string>
 
+#include "support/shape.h"
+
 namespace jax_ds::flash_mla {
 namespace {
 
@@ -14,8 +16,6 @@ constexpr int kParts = 136, kHalfOfParts = 72;
 static_assert(kParts >= kMaxCtas && kParts % 8 == 0 && kHalfOfParts % 8 == 0);
 
 std::string Element(bool half) { return half ? "jax_ds::wgmma::F16" : "jax_ds::wgmma::Bf16"; }
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
