@@ -50,15 +50,16 @@ CombineLaunch LaunchCombine(const DecodeLaunch& decode, int64_t batch, int64_t q
   constexpr int kManyParts = 16;
   constexpr int kFewRows = 512;
   constexpr int kWarps = kCombineThreads / 32;
+  // As many as run at once; each takes several rows where there are more.
+  constexpr int64_t kCtas = 2 * kMaxCtas;
   const int64_t rows = batch * query_rows;
   if (decode.num_groups >= kManyParts * batch) {
     const bool half = decode.num_groups <= kHalfOfParts;
     return {half ? Combine::kManyHalf : Combine::kMany, static_cast<unsigned int>(4 * rows)};
   }
-  if (rows <= kFewRows) {
-    return {Combine::kQuarters, static_cast<unsigned int>(CeilDiv(4 * rows, kWarps))};
-  }
-  return {Combine::kRows, static_cast<unsigned int>(CeilDiv(rows, kWarps))};
+  const bool few = rows <= kFewRows;
+  const int64_t ctas = std::min(kCtas, CeilDiv(few ? 4 * rows : rows, kWarps));
+  return {few ? Combine::kQuarters : Combine::kRows, static_cast<unsigned int>(ctas)};
 }
 
 jit::KernelSpec DecodeSpec(const DecodeConfig& c) {

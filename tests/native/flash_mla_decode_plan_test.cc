@@ -63,6 +63,7 @@ void Combine() {
   CHECK_EQ(combine(11, 3).grid, 17u);
   CHECK(combine(128, 16).combine == mla::Combine::kRows);
   CHECK_EQ(combine(128, 16).grid, 256u);
+  CHECK_EQ(combine(512, 16).grid, 264u);  // they take several rows in turn
   const mla::DecodeConfig wide = *mla::PlanDecode(128, false);
   const auto shared = mla::LaunchCombine(mla::LaunchDecode(wide, 128, 132), 1, 128);
   CHECK(shared.combine == mla::Combine::kManyHalf);

@@ -126,51 +126,60 @@ __global__ __launch_bounds__(kCombineThreads) void combine_many(const
   if (blockIdx.x % 4 == 0 && lane_id() == 0) p.lse[row] = weights.lse * kLn2;
 }
 
-// Few parts: a warp for each row, or for each quarter of one where there are few rows.
+// Few parts: warps take rows, or quarters of rows where there are few, in turn.
 template <typename Element, int kPieces>
 __global__ __launch_bounds__(kCombineThreads,
                              1) void combine_few(const __grid_constant__ CombineParams p) {
+  constexpr int kWarps = kCombineThreads / 32;
   constexpr int kVectors = 4 / kPieces;  // of four columns, a lane
   constexpr int kAhead = 2 * kPieces;    // parts loaded before the first is used
-  const i64 piece = static_cast<i64>(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
-  const i64 row = piece / kPieces;
-  const int column = piece % kPieces * (kValueDim / kPieces) + 4 * lane_id();
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
-  const int request = row / p.R;
-  if (request >= p.B) return;
-  const Parts parts = p.parts[request];
-  if (parts.count <= 1) return;
-  const PartRows rows(p, parts, row - static_cast<i64>(request) * p.R);
-  float4 values[kAhead][kVectors];
-  const auto load = [&](int first) {
+  if constexpr (kPieces == 1) {
+    // Where there are many rows, often no request is split: found out at once, not row by row.
+    bool split = false;
+    for (int b = threadIdx.x; b < p.B; b += kCombineThreads) split |= p.parts[b].count > 1;
+    if (!__syncthreads_or(split)) return;
+  }
+  const i64 pieces = static_cast<i64>(p.B) * p.R * kPieces;
+  for (i64 piece = static_cast<i64>(blockIdx.x) * kWarps + threadIdx.x / 32; piece < pieces;
+       piece += gridDim.x * kWarps) {
+    const i64 row = piece / kPieces;
+    const int column = piece % kPieces * (kValueDim / kPieces) + 4 * lane_id();
+    const int request = row / p.R;
+    const Parts parts = p.parts[request];
+    if (parts.count <= 1) continue;
+    const PartRows rows(p, parts, row - static_cast<i64>(request) * p.R);
+    float4 values[kAhead][kVectors];
+    const auto load = [&](int first) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const float* from = p.partial_out + rows.at(first + i) * kValueDim + column;
+      for (int i = 0; i < kAhead; ++i) {
+        const float* from = p.partial_out + rows.at(first + i) * kValueDim + column;
 #pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        values[i][j] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (first + i < parts.count) {
-          values[i][j] = *reinterpret_cast<const float4*>(from + 128 * j);
+        for (int j = 0; j < kVectors; ++j) {
+          values[i][j] = {0.0f, 0.0f, 0.0f, 0.0f};
+          if (first + i < parts.count) {
+            values[i][j] = *reinterpret_cast<const float4*>(from + 128 * j);
+          }
         }
       }
-    }
-  };
-  load(0);
-  const Weights<kMaxCtas> weights(p, rows, parts.count);
-  float4 sum[kVectors] = {};
-  for (int first = 0; first < parts.count; first += kAhead) {
-    if (first != 0) load(first);
+    };
+    load(0);
+    const Weights<kMaxCtas> weights(p, rows, parts.count);
+    float4 sum[kVectors] = {};
+    for (int first = 0; first < parts.count; first += kAhead) {
+      if (first != 0) load(first);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const float weight = weights.of(first + i);
+      for (int i = 0; i < kAhead; ++i) {
+        const float weight = weights.of(first + i);
 #pragma unroll
-      for (int j = 0; j < kVectors; ++j) add_scaled(sum[j], weight, values[i][j]);
+        for (int j = 0; j < kVectors; ++j) add_scaled(sum[j], weight, values[i][j]);
+      }
     }
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) store_row<Element>(p, row, column + 128 * j, sum[j]);
+    if (column == 0) p.lse[row] = weights.lse * kLn2;
   }
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) store_row<Element>(p, row, column + 128 * j, sum[j]);
-  if (column == 0) p.lse[row] = weights.lse * kLn2;
 }
 
 }  // namespace jax_ds::flash_mla
