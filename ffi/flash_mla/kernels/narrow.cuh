@@ -230,8 +230,7 @@ struct NarrowScores {
     if (block + 1 == item.last) [[unlikely]]
       finish(item);
     fence_proxy_async_shared();
-    __syncwarp();
-    if (lane_id() == 0) mbarrier_arrive(&shared.p_full[ring.slot()]);
+    mbarrier_arrive(&shared.p_full[ring.slot()]);
     ring.advance();
   }
 
@@ -252,7 +251,7 @@ struct NarrowScores {
       q_phase ^= 1;
       for (int block = item.first; block < item.last; ++block) run_block(item, block);
       // All of this warp's reads of the query ended with its last wait.
-      if (lane_id() == 0) mbarrier_arrive(&shared.q_empty);
+      mbarrier_arrive(&shared.q_empty);
     }
   }
 };
@@ -307,8 +306,7 @@ struct NarrowOutput {
   }
 
   JAX_DS_DEVICE void release_block() {
-    __syncwarp();
-    if (lane_id() == 0) ring.release();
+    ring.release();
     ring.advance();
   }
 
@@ -392,10 +390,10 @@ __global__ __launch_bounds__(Config::kThreads,
   } else if (warp == 8 && elect_one()) {
     prefetch_tensormap(&p.kv_map);
     prefetch_tensormap(&p.q_map);
-    shared.ring.init(1, 4);  // emptied by the warps of the output
-    for (u64& barrier : shared.p_full) mbarrier_init(&barrier, 4);
+    shared.ring.init(1, 128);  // emptied by the threads of the output
+    for (u64& barrier : shared.p_full) mbarrier_init(&barrier, 128);
     mbarrier_init(&shared.q_full, 1);
-    mbarrier_init(&shared.q_empty, 4);
+    mbarrier_init(&shared.q_empty, 128);
     fence_mbarrier_init();
   }
   __syncthreads();

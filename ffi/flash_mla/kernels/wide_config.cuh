@@ -30,8 +30,9 @@ struct WideConfig {
   static constexpr int kRopeSlots = 2;
   static constexpr int kQueryRegTiles = 7;  // of which the last 16 columns go to shared memory
   static constexpr int kQueryFragments = 4 * kQueryRegTiles - 1;
-  // P_{j-1} V_{j-1} opens when this column tile of Q K_j^T is through: it takes a while to start.
-  static constexpr int kOpenTile = 5;
+  // P_{j-1} V_{j-1} opens when as many column tiles of Q K_j^T are through: it takes a while to
+  // start.
+  static constexpr int kOpenTile = 6;
   static constexpr int kQuerySharedTiles = kKeyTiles - kQueryRegTiles;
   // The producer is at most three stages ahead of the slowest role, which may still be storing.
   static constexpr int kAnnouncements = 4;

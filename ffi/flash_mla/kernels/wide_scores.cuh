@@ -45,21 +45,21 @@ struct Scores {
 
   // On behalf of both output warpgroups, which take no notice of the query's stage.
   JAX_DS_DEVICE void release_stage() {
-    if (lane_id() == 0) {
-      mbarrier_arrive(&shared.values_empty[at.stage()]);
-      mbarrier_arrive(&shared.values_empty[at.stage()]);
-    }
+    mbarrier_arrive(&shared.values_empty[at.stage()]);
+    mbarrier_arrive(&shared.values_empty[at.stage()]);
     at.template advance_stage<Config::kStages>();
   }
 
-  // S = Q K^T. Once all but the rotary part is through, opens the previous block's P V.
-  JAX_DS_DEVICE void multiply(const Query& q, float (&s)[32], bool open_previous) const {
-    mbarrier_wait(&shared.values_full[at.stage()], at.stage_phase());
-    wgmma::fence();
+  // Column tiles [kBegin, kEnd) of S = Q K^T.
+  template <int kBegin, int kEnd>
+  JAX_DS_DEVICE void multiply(const Query& q, float (&s)[32]) const {
 #pragma unroll
-    for (int t = 0; t < kValueTiles; ++t) {
-      const u64 k =
-          wgmma::descriptor(shared_address(shared.values[at.stage()][0][t]), kWideGroupStride);
+    for (int t = kBegin; t < kEnd; ++t) {
+      const u64 k = t < kValueTiles
+                        ? wgmma::descriptor(
+                              shared_address(shared.values[at.stage()][0]) + t * kGroupTileBytes,
+                              kWideGroupStride)
+                        : wgmma::descriptor(shared_address(shared.rope[at.slot()]));
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         const int i = 4 * t + step;
@@ -75,26 +75,29 @@ struct Scores {
           wgmma::mma<kK, kK>(Element{}, s, from + 2 * step, k + 2 * step, true);
         }
       }
-      if (t == Config::kOpenTile) wgmma::commit_group();
     }
     wgmma::commit_group();
+  }
+
+  // The scores of a block. Once most column tiles are through, opens the previous block's P V.
+  JAX_DS_DEVICE void multiply(const Query& q, float (&s)[32], bool open_previous) const {
+    mbarrier_wait(&shared.values_full[at.stage()], at.stage_phase());
+    wgmma::fence();
+    multiply<0, Config::kOpenTile>(q, s);
+    multiply<Config::kOpenTile, kValueTiles>(q, s);
     // The rotary tile is often the last to come. What waits for it need not wait for more.
-    const bool late = !mbarrier_test_wait(&shared.rope_full[at.slot()], at.slot_phase());
+    const bool late =
+        __any_sync(0xffffffffu, !mbarrier_test_wait(&shared.rope_full[at.slot()], at.slot_phase()));
     if (late && open_previous) {
       wgmma::wait_group<1>();
-      if (lane_id() == 0) mbarrier_arrive(&shared.go[at.slot() ^ 1]);
+      mbarrier_arrive(&shared.go[at.slot() ^ 1]);
+      open_previous = false;
     }
     mbarrier_wait(&shared.rope_full[at.slot()], at.slot_phase());
     wgmma::fence();
-    const u64 k = wgmma::descriptor(shared_address(shared.rope[at.slot()]));
-    const u64 from = wgmma::descriptor(shared_address(shared.q[Config::kQuerySharedTiles - 1]));
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      wgmma::mma<kK, kK>(Element{}, s, from + 2 * step, k + 2 * step, true);
-    }
-    wgmma::commit_group();
+    multiply<kValueTiles, kKeyTiles>(q, s);
     wgmma::wait_group<2>();
-    if (!late && open_previous && lane_id() == 0) mbarrier_arrive(&shared.go[at.slot() ^ 1]);
+    if (open_previous) mbarrier_arrive(&shared.go[at.slot() ^ 1]);
     wgmma::wait_group<0>();
   }
 
@@ -195,28 +198,34 @@ struct Scores {
     sum[0] = sum[1] = 0.0f;
     int tokens = item.tokens;
     bool opened = true;  // the previous block's P V
-    for (int blocks = item.blocks; blocks > 0; --blocks, tokens -= kBlock) {
+    for (int blocks = item.blocks; true; --blocks, tokens -= kBlock) {
       float s[32];
       multiply(q, s, !opened);
-      if (blocks == 1 && lane_id() == 0) mbarrier_arrive(&shared.q_empty);
+      if (blocks == 1) mbarrier_arrive(&shared.q_empty);
       mask(tokens, s);
       softmax(s);
       bar_sync(1, 128);  // all warps have done with the rotary tile
       store_probabilities(s);
-      if (tokens < kBlock) [[unlikely]]
-        clear_unused_values(tokens);
-      if (blocks == 1) [[unlikely]]
-        finish(item);
-      fence_proxy_async_shared();
-      __syncwarp();
-      const u32 slot = at.slot();
-      at.template advance_stage<Config::kStages>();
-      at.advance_slot();
-      // The next block opens this one's P V, unless there is none or it is still to come.
-      opened =
-          blocks == 1 || !mbarrier_test_wait(&shared.values_full[at.stage()], at.stage_phase());
-      if (opened && lane_id() == 0) mbarrier_arrive(&shared.go[slot]);
+      if (blocks == 1) break;
+      publish();
+      // The next block opens this one's P V, unless it is still to come.
+      opened = __any_sync(0xffffffffu,
+                          !mbarrier_test_wait(&shared.values_full[at.stage()], at.stage_phase()));
+      if (opened) mbarrier_arrive(&shared.go[at.slot() ^ 1]);
     }
+    // Outside of the loop: lanes that part ways inside make ptxas compute all its addresses and
+    // descriptors thread by thread, not once a warp.
+    if (tokens < kBlock) clear_unused_values(tokens);
+    finish(item);
+    publish();
+    mbarrier_arrive(&shared.go[at.slot() ^ 1]);
+  }
+
+  // Makes what was written of this block visible to the output, and goes on to the next.
+  JAX_DS_DEVICE void publish() {
+    fence_proxy_async_shared();
+    at.template advance_stage<Config::kStages>();
+    at.advance_slot();
   }
 
   JAX_DS_DEVICE void run() {
