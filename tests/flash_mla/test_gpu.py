@@ -20,6 +20,8 @@ Array = jax.Array
 
 RAGGED = (0, 1, 63, 64, 65, 4097, 3, 700, 128, 129, 2000, 1)
 VARIED = tuple(int(n) for n in np.random.default_rng(1).integers(1, 3000, 128))
+# Uneven, but evenly dealt out whole to 132 or 66 groups of CTAs.
+DEALT = tuple(int(n) for n in np.random.default_rng(2).integers(300, 700, 264))
 
 HARD_CASES = (
     *(DecodeCase(f"{h} heads", RAGGED, heads=h) for h in (1, 8, 12, 16, 20, 32, 33, 64, 96, 128)),
@@ -41,6 +43,10 @@ HARD_CASES = (
     DecodeCase("all empty, many rows", (0,) * 8, tokens=2, heads=128),
     DecodeCase("512 requests", tuple((i * 37) % 300 for i in range(512)), heads=8),
     DecodeCase("512 requests, many rows", tuple((i * 37) % 300 for i in range(512)), heads=64),
+    DecodeCase("dealt whole", DEALT, heads=16),
+    DecodeCase("dealt whole, many rows", DEALT[:132], heads=128),
+    DecodeCase("each cut alike", (3000, 2990, 2999, 2940, 3000), heads=16),
+    DecodeCase("each cut alike, many rows", (3000, 2990, 2999, 2940, 3000), heads=128),
     DecodeCase("varied", VARIED, heads=16),
     DecodeCase("varied, many rows", VARIED, heads=128),
 )

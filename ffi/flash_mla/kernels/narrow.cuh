@@ -40,7 +40,7 @@ template <typename Config>
 JAX_DS_DEVICE void produce(const DecodeParams& p, NarrowShared<Config>& shared) {
   Pipeline<Config::kStages> ring(shared.ring);
   u32 q_phase = 0;
-  Items items(p, shared.schedule);
+  Items<Config> items(p, shared.schedule);
   for (Item item; items.next(item);) {
     if (item.empty()) continue;
     PageRows rows(p, item);
@@ -235,7 +235,7 @@ struct NarrowScores {
   }
 
   JAX_DS_DEVICE void run() {
-    Items items(p, shared.schedule);
+    Items<Config> items(p, shared.schedule);
     for (Item item; items.next(item);) {
       note_parts(p, shared.schedule, item, threadIdx.x == 0);
       if (item.empty()) {
@@ -349,7 +349,7 @@ struct NarrowOutput {
   }
 
   JAX_DS_DEVICE void run() {
-    Items items(p, shared.schedule);
+    Items<Config> items(p, shared.schedule);
     for (Item item; items.next(item);) {
       Out out;
 #pragma unroll
@@ -386,7 +386,7 @@ __global__ __launch_bounds__(Config::kThreads,
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   if (warp < 2) {
-    make_schedule<Config::kOverhead, Config::kWholePercent>(p, shared.schedule, blockIdx.x, warp);
+    make_schedule<Config>(p, shared.schedule, blockIdx.x, warp);
   } else if (warp == 8 && elect_one()) {
     prefetch_tensormap(&p.kv_map);
     prefetch_tensormap(&p.q_map);

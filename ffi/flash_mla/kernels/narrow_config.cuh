@@ -21,7 +21,8 @@ struct NarrowConfig {
   static constexpr int kQueryTileBytes = kRows * kTileCols * 2;
   static constexpr int kStages = 2;
   static constexpr int kOverhead = 1;
-  static constexpr int kWholePercent = 8;
+  static constexpr int kSlack = 12;
+  static constexpr bool kDeals = false;
 
   static_assert(kRows % 8 == 0 && kRows >= 8 && kRows <= kNarrowMaxRows);
 };

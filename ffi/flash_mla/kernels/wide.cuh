@@ -1,6 +1,7 @@
 // Decode for many query rows: bound by the tensor cores. wide_config.cuh has the plan.
 #pragma once
 
+#include "flash_mla/kernels/deal.cuh"
 #include "flash_mla/kernels/wide_output.cuh"
 #include "flash_mla/kernels/wide_scores.cuh"
 
@@ -36,7 +37,7 @@ __global__ __launch_bounds__(Config::kThreads,
   griddepcontrol_wait();
   if (warp < 2) {
     const Place place = place_of<Config>(p);
-    make_schedule<Config::kOverhead, Config::kWholePercent>(p, shared.schedule, place.group, warp);
+    make_schedule<Config>(p, shared.schedule, place.group, warp);
     if (threadIdx.x == 0) shared.place = place;
   } else if (warp == 2 && elect_one()) {
     prefetch_tensormap(&p.kv_map);
@@ -45,6 +46,8 @@ __global__ __launch_bounds__(Config::kThreads,
     init_barriers<Config>(shared);
   }
   __syncthreads();
+  deal_requests<Config>(p, shared.schedule, shared.place.group,
+                        reinterpret_cast<int*>(shared.values));
   if (warp < 4) {
     setmaxnreg_dec<Config::kProducerRegisters>();
     if (warp == 0) Producer<Config>{p, shared}.run();

@@ -40,7 +40,8 @@ struct WideConfig {
   static constexpr int kScoresRegisters = 168;
   static constexpr int kOutputRegisters = 160;
   static constexpr int kOverhead = 2;
-  static constexpr int kWholePercent = 5;
+  static constexpr int kSlack = 16;
+  static constexpr bool kDeals = true;
 
   static_assert(kProducerRegisters + kScoresRegisters + 2 * kOutputRegisters <= 512);
 };

@@ -94,7 +94,7 @@ struct Producer {
   }
 
   JAX_DS_DEVICE void run() {
-    Items walk(p, shared.schedule);
+    Items<Config> walk(p, shared.schedule);
     for (Item item; walk.next(item);) {
       if (item.empty()) continue;
       PageRows rows(p, item);
@@ -109,7 +109,7 @@ struct Producer {
 template <typename Config>
 JAX_DS_DEVICE void write_empty(const DecodeParams& p, WideShared<Config>& shared) {
   const int R = p.S * p.H;
-  Items items(p, shared.schedule);
+  Items<Config> items(p, shared.schedule);
   for (Item item; items.next(item);) {
     note_parts(p, shared.schedule, item, lane_id() == 0 && shared.place.first_row == 0,
                shared.place.group, 0);
