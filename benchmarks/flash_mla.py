@@ -6,6 +6,8 @@ at random; the time includes the schedule, which the kernel makes, and the combi
 
 import dataclasses
 import functools
+import statistics
+import time
 from typing import Any
 
 import jax
@@ -116,6 +118,33 @@ def _read_row(pages: Array) -> timing.Row:
     return timing.Row("yardstick read", jnp.max, [(pages,)], bytes=float(pages.nbytes))
 
 
+def _host_us(heads: int) -> float:
+    """What a warm call costs the host: by the time to enqueue programs of 36 and of 4 calls."""
+
+    def enqueued(calls: int) -> float:
+        def run(queries: list[Array], pages: Array, table: Array, lengths: Array) -> list[Any]:
+            decode = functools.partial(flash_mla.decode, implementation="cuda")
+            return [decode(q, pages, table, lengths) for q in queries]
+
+        operands = (
+            [jnp.ones((1, 1, heads, _ROW), jnp.bfloat16)] * calls,
+            jnp.ones((1, _PAGE, _ROW), jnp.bfloat16),
+            jnp.zeros((1, 1), jnp.int32),
+            jnp.ones(1, jnp.int32),
+        )
+        options = {"xla_gpu_graph_min_graph_size": 1 << 30}
+        compiled = jax.jit(run).lower(*operands).compile(compiler_options=options)
+        times = []
+        for _ in range(100):
+            start = time.perf_counter()
+            out = compiled(*operands)
+            times.append(1e6 * (time.perf_counter() - start))
+            jax.block_until_ready(out)
+        return statistics.median(times)
+
+    return (enqueued(36) - enqueued(4)) / 32
+
+
 def main() -> None:
     pages = jax.random.normal(jax.random.key(0), (_POOL, _PAGE, _ROW), jnp.bfloat16)
     rows = [_row(case, pages) for case in CASES]
@@ -123,10 +152,14 @@ def main() -> None:
     timings = timing.measure([*yardsticks, *rows, _append_row(pages)])
     timing.show(timings)
     marks = {str(case): case.mark for case in CASES}
-    timing.save("flash_mla", timings, {"marks_us": marks})
+    host = {heads: _host_us(heads) for heads in (16, 128)}
+    notes = {"marks_us": marks, "host": {"host_us_per_call": max(host.values())}}
+    timing.save("flash_mla", timings, notes)
     print("mark / time")
     for name, mark in marks.items():
         print(f"  {name:34} {mark / timings[name].us:.3f}")
+    for heads, us in host.items():
+        print(f"host time of a call, h={heads}: {us:.1f} us")
 
 
 if __name__ == "__main__":
