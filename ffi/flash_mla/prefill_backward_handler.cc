@@ -4,6 +4,7 @@
 
 #include "flash_mla/prefill_operands.h"
 #include "jit/compiler.h"
+#include "support/stages.h"
 
 namespace jax_ds::flash_mla {
 namespace {
@@ -149,37 +150,7 @@ Error Execute(BackwardState* state, int32_t ordinal, cuda::Stream stream, AnyBuf
                      {{over_keys}, {kBackwardThreads}, {}, kOverlapPrevious}, params);
 }
 
-XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
-                       ffi::Ffi::BindInstantiate()
-                           .Attr<int64_t>("qk_dim")
-                           .Attr<int64_t>("rope")
-                           .Attr<int64_t>("v_dim")
-                           .Attr<bool>("causal")
-                           .Attr<bool>("packed")
-                           .Attr<float>("scale"));
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, Initialize,
-    ffi::Ffi::BindInitialize().Ctx<ffi::State<BackwardState>>().Ctx<ffi::DeviceOrdinal>());
-XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::State<BackwardState>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .RemainingRets(),
-                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate, BindPrefillAttributes());
 
 }  // namespace
 
@@ -188,7 +159,8 @@ StateType PrefillBackwardStateType() {
 }
 
 Target PrefillBackwardTarget() {
-  return {"jax_ds_flash_mla_prefill_backward", kInstantiate, nullptr, kInitialize, kExecute};
+  return {"jax_ds_flash_mla_prefill_backward", kInstantiate, nullptr, InitializeStage<Initialize>,
+          ExecuteStage<Execute>};
 }
 
 }  // namespace jax_ds::flash_mla

@@ -5,6 +5,7 @@
 #include "flash_mla/prefill_backward_handler.h"
 #include "flash_mla/prefill_operands.h"
 #include "jit/compiler.h"
+#include "support/stages.h"
 
 namespace jax_ds::flash_mla {
 namespace {
@@ -69,30 +70,7 @@ Error Execute(PrefillState* state, int32_t ordinal, cuda::Stream stream, AnyBuff
                      {{grid}, {kPrefillThreads}, {}, kOverlapPrevious}, params);
 }
 
-XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
-                       ffi::Ffi::BindInstantiate()
-                           .Attr<int64_t>("qk_dim")
-                           .Attr<int64_t>("rope")
-                           .Attr<int64_t>("v_dim")
-                           .Attr<bool>("causal")
-                           .Attr<bool>("packed")
-                           .Attr<float>("scale"));
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, Initialize,
-    ffi::Ffi::BindInitialize().Ctx<ffi::State<PrefillState>>().Ctx<ffi::DeviceOrdinal>());
-XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::State<PrefillState>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .RemainingRets(),
-                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate, BindPrefillAttributes());
 
 }  // namespace
 
@@ -102,7 +80,8 @@ std::vector<StateType> PrefillStateTypes() {
 }
 
 std::vector<Target> PrefillTargets() {
-  return {{"jax_ds_flash_mla_prefill", kInstantiate, nullptr, kInitialize, kExecute},
+  return {{"jax_ds_flash_mla_prefill", kInstantiate, nullptr, InitializeStage<Initialize>,
+           ExecuteStage<Execute>},
           PrefillBackwardTarget()};
 }
 

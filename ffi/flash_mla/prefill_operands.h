@@ -34,6 +34,17 @@ struct PrefillOperands {
   PrefillWalk OverKeys() const;
 };
 
+// Of both handlers' Instantiate(qk_dim, rope, v_dim, causal, packed, scale).
+inline auto BindPrefillAttributes() {
+  return xla::ffi::Ffi::BindInstantiate()
+      .Attr<int64_t>("qk_dim")
+      .Attr<int64_t>("rope")
+      .Attr<int64_t>("v_dim")
+      .Attr<bool>("causal")
+      .Attr<bool>("packed")
+      .Attr<float>("scale");
+}
+
 // Writes the lists of a packed batch (prefill_packing.h) and points the walks to them: `keys` may
 // be null.
 Error LaunchPack(const jit::Kernel& kernel, int ordinal, cuda::Stream stream,
