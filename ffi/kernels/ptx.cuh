@@ -277,6 +277,13 @@ JAX_DS_DEVICE u32 cvt_bf16x2(float low, float high) {
   return packed;
 }
 
+// Products of two pairs, each rounded to nearest even.
+JAX_DS_DEVICE u32 mul_bf16x2(u32 a, u32 b) {
+  u32 product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 // 2^x and log2(x), to about two units in the last place; ex2(-inf) = 0.
 JAX_DS_DEVICE float ex2(float x) {
   float y;

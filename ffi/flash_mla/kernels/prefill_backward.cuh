@@ -2,8 +2,10 @@
 // deterministic: every sum has one owner that adds in a fixed order, and no result is added to by
 // an atomic.
 //
-//   p  = exp(scale q k^T - lse)       ds = p (dout v^T - delta)      delta = rowsum(dout out) -
-//   dlse dq = scale ds k                   dk = scale ds^T q              dv = p^T dout
+//   p  = exp(scale q k^T - lse)      delta = rowsum(dout out) - dlse
+//   ds = p (dout v^T - delta)
+//
+//   dq = scale ds k                  dk = scale ds^T q                  dv = p^T dout
 //
 // PrefillDelta is one pass over dout and out. PrefillDq holds 128 queries and walks the keys;
 // PrefillDkv holds 128 keys and walks the queries, with everything transposed, so that the left
@@ -58,8 +60,7 @@ JAX_DS_DEVICE void load_keys(const PrefillBackwardParams& p, u8* shared, u64* ba
 }
 
 template <PrefillBackwardConfig kConfig>
-JAX_DS_DEVICE BackwardStorage<kConfig>& backward_prologue(const PrefillBackwardParams& p,
-                                                          bool waits = true) {
+JAX_DS_DEVICE BackwardStorage<kConfig>& backward_prologue(const PrefillBackwardParams& p) {
   static_assert(backward_legal<kConfig>());
   extern __shared__ __align__(1024) u8 memory[];
   BackwardStorage<kConfig>& s = *reinterpret_cast<BackwardStorage<kConfig>*>(memory);

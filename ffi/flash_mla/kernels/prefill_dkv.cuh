@@ -1,5 +1,5 @@
-// dk and dv: 128 keys against all queries that see them, of every head that
-// reads them (prefill_backward.cuh).
+// dk and dv: 128 keys against all queries that see them, of every head that reads them
+// (prefill_backward.cuh).
 #pragma once
 
 #include "flash_mla/kernels/prefill_backward.cuh"
@@ -24,18 +24,18 @@ JAX_DS_DEVICE void produce_for_dkv(const PrefillBackwardParams& p, BackwardStora
     load_slabs<kBackwardHeld>(s.held_narrow[0], &p.v, held.full(), kConfig.v_dim / 64, tile.head,
                               tile.row, tile.batch);
     held.advance();
+    const int blocks = walked_blocks(tile, kWalked);
     for (int h = 0; h < shared_by; ++h) {
       const int head = tile.head * shared_by + h;
-      for (int row = tile.first; row < tile.last; row += kWalked, ring.advance()) {
-        const int slot = ring.slot();
+      for (int block = 0; block < blocks; ++block, ring.advance()) {
+        const int row = tile.first + block * kWalked, slot = ring.slot();
         ring.acquire();
         ring.commit(s.kStageBytes + sizeof(s.statistics[0]));
         load_slabs<kWalked>(s.walked_wide[slot][0], &p.q, ring.full(), kConfig.qk_dim / 64, head,
                             row, tile.batch);
         load_slabs<kWalked>(s.walked_narrow[slot][0], &p.dout, ring.full(), kConfig.v_dim / 64,
                             head, row, tile.batch);
-        // Past the last query everything is zero, and with lse and delta zero
-        // it adds nothing.
+        // Past the last query everything is zero, and with lse and delta zero it adds nothing.
         tma_load_3d(s.statistics[slot], &p.statistics, ring.full(), row, 0,
                     tile.batch * p.queries.heads + head);
       }
@@ -61,8 +61,7 @@ struct DkvConsumer {
   JAX_DS_DEVICE DkvConsumer(const PrefillBackwardParams& params, BackwardStorage<kConfig>& storage)
       : p(params), s(storage), ring(storage.ring) {}
 
-  // This thread's columns of a row of the block's statistics: 0 is lse, 1 is
-  // delta.
+  // This thread's columns of a row of the block's statistics: 0 is lse, 1 is delta.
   JAX_DS_DEVICE float2 statistic(int slot, int which, int j) const {
     return ld_shared_v2_f32(shared_address(s.statistics[slot][which]) + lane_id() % 4 * 8 + j * 32);
   }
@@ -80,24 +79,29 @@ struct DkvConsumer {
     }
   }
 
-  // dp to ds / scale. The rounded probabilities serve here too: float32 ones
-  // would not fit in registers.
-  JAX_DS_DEVICE void differentiate(float (&dp)[kWalked / 2],
-                                   const u32 (&probabilities)[kWalked / 16][4], int slot) const {
+  // dp to dp - delta.
+  JAX_DS_DEVICE void subtract_delta(float (&dp)[kWalked / 2], int slot) const {
 #pragma unroll
     for (int j = 0; j < kWalked / 8; ++j) {
       const float2 delta = statistic(slot, 1, j);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const u32 pair = probabilities[j / 2][j % 2 * 2 + i / 2];
-        const float probability = __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
-        dp[4 * j + i] = probability * (dp[4 * j + i] - (i % 2 ? delta.y : delta.x));
-      }
+      for (int i = 0; i < 4; ++i) dp[4 * j + i] -= i % 2 ? delta.y : delta.x;
     }
   }
 
-  // Queries that see no key may hold NaN. Every warp looks at all of them, so
-  // that all agree.
+  // ds / scale = p (dp - delta), of pairs of bf16: it is rounded to them anyway, and float32
+  // probabilities would not fit in registers.
+  JAX_DS_DEVICE static void multiply_pairs(const u32 (&probabilities)[kWalked / 16][4],
+                                           const float (&dp)[kWalked / 2],
+                                           u32 (&ds)[kWalked / 16][4]) {
+#pragma unroll
+    for (int j = 0; j < kWalked / 4; ++j) {
+      ds[j / 4][j % 4] =
+          mul_bf16x2(probabilities[j / 4][j % 4], cvt_bf16x2(dp[2 * j], dp[2 * j + 1]));
+    }
+  }
+
+  // Queries that see no key may hold NaN. Every warp looks at all of them, so that all agree.
   JAX_DS_DEVICE void clear_blind_queries(int slot) const {
     const float* lse = s.statistics[slot][0];
     bool any = false;
@@ -109,8 +113,7 @@ struct DkvConsumer {
                         blind);
   }
 
-  // Zeroes what the mask hides. What the thread's keys see is asked for anew:
-  // few blocks need it.
+  // Zeroes what the mask hides. What the thread's keys see is asked for anew: few blocks need it.
   JAX_DS_DEVICE void hide_unseen(float (&d)[kWalked / 2], int query, const HeldTile& tile) const {
     Interval<Side::kKeys, kConfig.mask> seen[2];
 #pragma unroll
@@ -121,9 +124,7 @@ struct DkvConsumer {
     hide<kWalked>(d, query, seen, 0.0f);
   }
 
-  // Takes the held keys past the queries of every head that reads them. The
-  // warpgroups take turns at issuing the first product, so that one computes
-  // exponentials while the other has the tensor cores.
+  // Takes the held keys past the queries of every head that reads them.
   JAX_DS_DEVICE void walk(const HeldTile& tile, const Interval<Side::kKeys, kConfig.mask>& common,
                           float (&dk)[kConfig.qk_dim / 2], float (&dv)[kConfig.v_dim / 2]) {
     const int blocks = walked_blocks(tile, kWalked) * (p.queries.heads / p.keys.heads);
@@ -137,26 +138,26 @@ struct DkvConsumer {
       u32 operand[kWalked / 16][4];
       ring.wait();
       if (kConfig.mask != kFullMask && masked) clear_blind_queries(slot);
-      bar_sync(1 + group, 256);
       multiply_slabs<kConfig.qk_dim, kHeld, kWalked>(scores, k, q);
-      bar_arrive(1 + (group ^ 1), 256);
       wgmma::wait_group<0>();
       exponentiate(scores, slot);
       if (masked) hide_unseen(scores, query, tile);
       pack_operand(scores, operand);
 
-      // The same registers once more: beside dk and dv, 160 of them at head
-      // sizes 192/128, there is no room for scores and dp of 64 queries at
-      // once.
+      // The same registers once more: beside dk and dv, 160 of them at head sizes 192/128, there is
+      // no room for scores and dp of 64 queries at once.
       float (&dp)[kWalked / 2] = scores;
       multiply_slabs<kConfig.v_dim, kHeld, kWalked>(dp, v, dout);
       accumulate_slabs<kWalked>(dv, operand, dout);
       wgmma::wait_group<1>();
-      differentiate(dp, operand, slot);
+      // The next keys and values may arrive while the rest of this tile is done.
+      if (releases && block == blocks - 1) mbarrier_arrive(s.held.empty);
+      subtract_delta(dp, slot);
       if (masked) hide_unseen(dp, query, tile);
+      u32 ds[kWalked / 16][4];
+      multiply_pairs(operand, dp, ds);
       wgmma::wait_group<0>();
-      pack_operand(dp, operand);  // ds
-      accumulate_slabs<kWalked>(dk, operand, q);
+      accumulate_slabs<kWalked>(dk, ds, q);
       wgmma::wait_group<0>();
       if (releases) ring.release();
       query += kWalked;
@@ -169,8 +170,6 @@ template <PrefillBackwardConfig kConfig>
 JAX_DS_DEVICE void consume_for_dkv(const PrefillBackwardParams& p, BackwardStorage<kConfig>& s) {
   constexpr int kOwn = (kConfig.qk_dim - kConfig.rope) / 64;
   DkvConsumer<kConfig> consumer(p, s);
-  // Barrier 1 + g lets warpgroup g begin; group 0 is first.
-  if (consumer.group == 1) bar_arrive(1, 256);
   TileReader<true> reader(s.board);
   while (reader.next()) {
     const HeldTile& tile = reader.posted();
@@ -180,7 +179,6 @@ JAX_DS_DEVICE void consume_for_dkv(const PrefillBackwardParams& p, BackwardStora
     float dv[kConfig.v_dim / 2] = {};
     mbarrier_wait(s.held.full, reader.phase());
     consumer.walk(tile, common, dk, dv);
-    if (consumer.releases) mbarrier_arrive(s.held.empty);
 
 #pragma unroll
     for (int j = 0; j < kConfig.qk_dim / 2; ++j) dk[j] *= p.scale;
@@ -211,15 +209,9 @@ template <PrefillBackwardConfig kConfig>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     PrefillDkv(const __grid_constant__ PrefillBackwardParams p) {
   BackwardStorage<kConfig>& s = backward_prologue<kConfig>(p);
-  const u32 warp = warp_id();
-  if (warp >= 8) {
-    setmaxnreg_dec<24>();
-    if (warp == 8 && elect_one()) produce_for_dkv<kConfig>(p, s);
-    if (warp == 9 && elect_one()) post_tiles<Side::kKeys, kConfig.mask>(p.keys, s.board);
-  } else {
-    setmaxnreg_inc<240>();
-    consume_for_dkv<kConfig>(p, s);
-  }
+  run_roles<Side::kKeys, kConfig.mask, 240>(
+      p.keys, s.board, [&] { produce_for_dkv<kConfig>(p, s); },
+      [&] { consume_for_dkv<kConfig>(p, s); });
 }
 
 }  // namespace jax_ds::flash_mla

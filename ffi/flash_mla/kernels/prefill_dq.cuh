@@ -44,6 +44,7 @@ JAX_DS_DEVICE void consume_for_dq(const PrefillBackwardParams& p, BackwardStorag
   const u32 dout = shared_address(s.held_narrow) + group * 64 * 128;
   const bool releases = threadIdx.x % 128 == 0;
   const float scale_log2 = p.scale * kLog2e;
+  const int keys_end = kConfig.mask == kPackedMask ? p.queries.packed[kPackedOthersEnd] : 0;
   Pipeline<1> held(s.held);
   Pipeline<kConfig.stages> ring(s.ring);
   TileReader<true> reader(s.board);
@@ -76,10 +77,9 @@ JAX_DS_DEVICE void consume_for_dq(const PrefillBackwardParams& p, BackwardStorag
       ring.wait();
       if constexpr (kConfig.mask == kPackedMask) {
         // Only the last block can reach into the padding.
-        const int end = p.queries.packed[kPackedOthersEnd];
-        if (block == blocks - 1 && key + kWalked > end) {
+        if (block == blocks - 1 && key + kWalked > keys_end) {
           clear_rows<kWalked>(shared_address(s.walked_wide[slot]), kConfig.qk_dim / 64, 3 + group,
-                              [=](int i) { return key + i >= end; });
+                              [=](int i) { return key + i >= keys_end; });
         }
       }
       multiply_slabs<kConfig.qk_dim, kHeld, kWalked>(scores, q,
@@ -93,6 +93,8 @@ JAX_DS_DEVICE void consume_for_dq(const PrefillBackwardParams& p, BackwardStorag
       } else {
         wgmma::wait_group<0>();
       }
+      // The next queries may arrive while the rest of this tile is done.
+      if (releases && block == 0) held.release();
 #pragma unroll
       for (int j = 0; j < kWalked / 2; ++j) {
         const int half = j / 2 % 2;
@@ -106,14 +108,10 @@ JAX_DS_DEVICE void consume_for_dq(const PrefillBackwardParams& p, BackwardStorag
       pack_operand(scores, ds);
       previous = slot;
     }
-    // The queries may be overwritten: every product with them is done.
-    if (releases) held.release();
     held.advance();
-    if (blocks > 0) {
-      accumulate_slabs<kWalked>(dq, ds, shared_address(s.walked_wide[warp_uniform(previous)]));
-      wgmma::wait_group<0>();
-      if (releases) mbarrier_arrive(&s.ring.empty[previous]);
-    }
+    accumulate_slabs<kWalked>(dq, ds, shared_address(s.walked_wide[warp_uniform(previous)]));
+    wgmma::wait_group<0>();
+    if (releases) mbarrier_arrive(&s.ring.empty[previous]);
 #pragma unroll
     for (int j = 0; j < kConfig.qk_dim / 2; ++j) dq[j] *= p.scale;
     const i64 token_stride = static_cast<i64>(p.queries.heads) * kConfig.qk_dim;
@@ -132,15 +130,9 @@ template <PrefillBackwardConfig kConfig>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     PrefillDq(const __grid_constant__ PrefillBackwardParams p) {
   BackwardStorage<kConfig>& s = backward_prologue<kConfig>(p);
-  const u32 warp = warp_id();
-  if (warp >= 8) {
-    setmaxnreg_dec<24>();
-    if (warp == 8 && elect_one()) produce_for_dq<kConfig>(p, s);
-    if (warp == 9 && elect_one()) post_tiles<Side::kQueries, kConfig.mask>(p.queries, s.board);
-  } else {
-    setmaxnreg_inc<240>();
-    consume_for_dq<kConfig>(p, s);
-  }
+  run_roles<Side::kQueries, kConfig.mask, 240>(
+      p.queries, s.board, [&] { produce_for_dq<kConfig>(p, s); },
+      [&] { consume_for_dq<kConfig>(p, s); });
 }
 
 }  // namespace jax_ds::flash_mla

@@ -77,9 +77,10 @@ JAX_DS_DEVICE void hide(float (&d)[kColumns / 2], int first,
   }
 }
 
-// Number of blocks of `size` rows of the other side that a tile is taken past.
+// Number of blocks of `size` rows of the other side that a tile is taken past: one, all hidden,
+// where its rows see nothing.
 JAX_DS_DEVICE int walked_blocks(const HeldTile& tile, int size) {
-  return max(0, tile.last - tile.first + size - 1) / size;
+  return max(1, (tile.last - tile.first + size - 1) / size);
 }
 
 // ---- dealing ------------------------------------------------------------------------------------
@@ -213,5 +214,26 @@ class TileReader {
   TileBoard& board;
   u32 count = 0;
 };
+
+// ---- roles --------------------------------------------------------------------------------------
+
+// What a CTA's warps do: one thread of warp 8 produces, one of warp 9 posts tiles, warps 0 to 7, as
+// two warpgroups, consume with kRegisters a thread. More registers in all than a launch of 384
+// threads is given are never there, and asking for them hangs.
+template <Side kHeld, int kMask, int kRegisters, typename Produce, typename Consume>
+JAX_DS_DEVICE void run_roles(const PrefillWalk& walk, TileBoard& board, Produce produce,
+                             Consume consume) {
+  constexpr int kGiven = 65536 / 384 / 8 * 8, kOthers = 3 * kGiven - 2 * kRegisters;
+  static_assert(kRegisters % 8 == 0 && kOthers >= 24);
+  const u32 warp = warp_id();
+  if (warp >= 8) {
+    setmaxnreg_dec<kOthers>();
+    if (warp == 8 && elect_one()) produce();
+    if (warp == 9 && elect_one()) post_tiles<kHeld, kMask>(walk, board);
+  } else {
+    setmaxnreg_inc<kRegisters>();
+    consume();
+  }
+}
 
 }  // namespace jax_ds::flash_mla
