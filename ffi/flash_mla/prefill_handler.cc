@@ -48,7 +48,7 @@ Error Execute(PrefillState* state, int32_t ordinal, cuda::Stream stream, AnyBuff
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("out", *out, DataType::BF16, {o.queries, o.heads, c.v_dim}));
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("lse", *lse, DataType::F32, {o.queries, o.heads}));
   PrefillParams params = {};
-  JAX_DS_ASSIGN_OR_RETURN(params.q, HeadMap(q, kPrefillBlockM));
+  JAX_DS_ASSIGN_OR_RETURN(params.q, HeadMap(q, kPrefillBoxM));
   JAX_DS_ASSIGN_OR_RETURN(params.k, HeadMap(k, c.block_n));
   JAX_DS_ASSIGN_OR_RETURN(params.k_rope, HeadMap(o.k_rope, c.block_n));
   JAX_DS_ASSIGN_OR_RETURN(params.v, HeadMap(v, c.block_n));

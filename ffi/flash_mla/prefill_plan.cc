@@ -14,8 +14,8 @@ struct HeadSizes {
 constexpr HeadSizes kHeadSizes[] = {{192, 64, 128}, {192, 0, 128}, {128, 0, 128}, {64, 0, 64}};
 
 PrefillConfig Config(const HeadSizes& sizes, PrefillMask mask) {
-  constexpr int kBlockN = 128, kStages = 2, kOrdered = 1;
-  return {sizes.qk_dim, sizes.rope, sizes.v_dim, mask, kBlockN, kStages, kOrdered};
+  constexpr int kBlockN = 128, kStages = 2;
+  return {sizes.qk_dim, sizes.rope, sizes.v_dim, mask, kBlockN, kStages};
 }
 
 PrefillBackwardPlan BackwardPlan(const HeadSizes& sizes, PrefillMask mask) {
@@ -78,8 +78,7 @@ ErrorOr<PrefillBackwardPlan> PlanPrefillBackward(const PrefillAttributes& attrib
 
 jit::KernelSpec PrefillSpec(const PrefillConfig& c) {
   return Spec("prefill.cuh", "Prefill", "PrefillConfig",
-              {c.qk_dim, c.rope, c.v_dim, c.mask, c.block_n, c.stages, c.ordered},
-              PrefillSharedBytes(c));
+              {c.qk_dim, c.rope, c.v_dim, c.mask, c.block_n, c.stages}, PrefillSharedBytes(c));
 }
 
 jit::KernelSpec DeltaSpec(const PrefillBackwardConfig& c) {

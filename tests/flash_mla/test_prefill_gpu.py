@@ -124,6 +124,24 @@ def test_against_float32(case: PrefillCase) -> None:
     _compare(case, cases.prefill_inputs(case))
 
 
+@pytest.mark.parametrize("first, last", ((60.0, -60.0), (-60.0, 60.0), (-200.0, -200.0)))
+def test_logits_that_drift(first: float, last: float) -> None:
+    """Keys are walked from the last to the first: maxima move at every block, at none, from far
+    below zero."""
+    case = _case("drift", 1, 900, 900, sizes="192/128")
+    q, k, v, *_ = cases.prefill_inputs(case)
+    drift = jnp.linspace(first, last, case.keys, dtype=k.dtype)
+    q = q.at[..., 0].set(case.width**0.5)
+    k = k.at[..., 0].set(drift[:, None])
+    inputs = PrefillInputs(q, k, v, None, None, None)
+    out, lse, _ = _run("cuda", case, inputs, *_cotangents(case))
+    exact = PrefillInputs(*(None if x is None else x.astype(jnp.float32) for x in inputs))
+    with jax.default_matmul_precision("highest"):
+        expected_out, expected_lse, _ = _run("xla", case, exact, *_cotangents(case))
+    cases.assert_close("out", out, expected_out, cases.value_tolerance(case.dtype))
+    cases.assert_lse_close(lse, expected_lse)
+
+
 # One program for all: only the offsets differ.
 _lengths = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=6, max_size=6)
 

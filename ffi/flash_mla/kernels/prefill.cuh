@@ -6,9 +6,10 @@
 // next tile of keys and products with the current tile of values are issued together, and the
 // softmax of the next tile runs under the latter. The warpgroups take turns at issuing, so that one
 // computes exponentials while the other has the tensor cores (FlashAttention-3's two overlaps:
-// Shah et al. 2024, section 3). The grid is persistent; a thread of its own deals out tiles of
-// queries (prefill_tiles.cuh). Tiles of keys are walked from the diagonal backwards, so that only
-// the first ones are masked.
+// Shah et al. 2024, section 3). The first scores of the next tile of queries are issued with the
+// last product of this one, whose output leaves meanwhile. The grid is persistent; a thread of its
+// own deals out tiles of queries (prefill_tiles.cuh). Tiles of keys are walked from the diagonal
+// backwards, so that only the first ones are masked.
 #pragma once
 
 #include "flash_mla/kernels/prefill_common.cuh"
@@ -21,14 +22,14 @@ namespace jax_ds::flash_mla {
 // Tiles are held as slabs of 64 columns: rows of 128 bytes, swizzled.
 template <PrefillConfig kConfig>
 struct PrefillStorage {
-  static constexpr int kQSlab = kPrefillBlockM * 128;
+  static constexpr int kQSlab = kPrefillBoxM * 128;
   static constexpr int kKeySlab = kConfig.block_n * 128;
-  u8 q[kConfig.qk_dim / 64][kQSlab];
+  u8 q[2][kConfig.qk_dim / 64][kQSlab];  // of each math warpgroup
   u8 k[kConfig.stages][kConfig.qk_dim / 64][kKeySlab];
   u8 v[kConfig.stages][kConfig.v_dim / 64][kKeySlab];
   u8 staging[8][2048];
   TileBoard board;
-  PipelineBarriers<1> q_ring;
+  PipelineBarriers<1> q_ring[2];
   PipelineBarriers<kConfig.stages> k_ring;
   PipelineBarriers<kConfig.stages> v_ring;
 };
@@ -48,7 +49,6 @@ template <PrefillConfig kConfig>
 JAX_DS_DEVICE void prefill_produce(const PrefillParams& p, PrefillStorage<kConfig>& s) {
   constexpr int kN = kConfig.block_n;
   constexpr int kOwnSlabs = (kConfig.qk_dim - kConfig.rope) / 64;
-  Pipeline<1> q_ring(s.q_ring);
   Pipeline<kConfig.stages> k_ring(s.k_ring), v_ring(s.v_ring);
   TileReader<false> reader(s.board);
   while (reader.next()) {
@@ -70,15 +70,16 @@ JAX_DS_DEVICE void prefill_produce(const PrefillParams& p, PrefillStorage<kConfi
                      tile.first + block * kN, tile.batch);
       v_ring.advance();
     };
-    const int blocks = walked_blocks(tile, kN);
-    if (blocks == 0) continue;  // the consumers write zeros
-    q_ring.acquire();
-    q_ring.commit(sizeof(s.q));
-    load_slabs<kPrefillBlockM>(s.q[0], &p.q, q_ring.full(), kConfig.qk_dim / 64, tile.head,
-                               tile.row, tile.batch);
-    q_ring.advance();
     // In the order of use: the scores of a block come before the values of the one before it.
+    const int blocks = walked_blocks(tile, kN);
     load_keys(blocks - 1);
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      mbarrier_wait(s.q_ring[group].empty, reader.phase() ^ 1);
+      mbarrier_arrive_expect_tx(s.q_ring[group].full, sizeof(s.q[0]));
+      load_slabs<kPrefillBoxM>(s.q[group][0], &p.q, s.q_ring[group].full, kConfig.qk_dim / 64,
+                               tile.head, tile.row + group * kPrefillBoxM, tile.batch);
+    }
     for (int block = blocks - 2; block >= 0; --block) {
       load_keys(block);
       load_values(block + 1);
@@ -93,42 +94,38 @@ JAX_DS_DEVICE void prefill_produce(const PrefillParams& p, PrefillStorage<kConfi
 template <int kColumns>
 struct OnlineSoftmax {
   // Probabilities are relative to a reference in units of log2. It follows the maximum only once it
-  // lags by more than kLag: they stay below 2^kLag, which costs no precision, and earlier results
-  // seldom have to shrink.
+  // lags by kLag: they stay below 2^kLag, which costs no precision, and results so far seldom have
+  // to shrink. Bits of positive floats are ordered as integers and above those of negative ones, so
+  // one instruction compares two scores with the limit: what passes it is known for sure.
   static constexpr float kLag = 8.0f;
-  float reference[2] = {-kInfinity, -kInfinity};
+  static constexpr int kLagBits = __builtin_bit_cast(int, kLag);
+  static constexpr int kNothingSeen = -2147483647 - 1;  // every score passes it
+
+  float reference[2] = {};
+  int limit[2] = {kNothingSeen, kNothingSeen};
   float sum[2] = {};  // of this thread's columns only
 
-  // Turns scores into probabilities; returns by what earlier results shrink.
-  JAX_DS_DEVICE void absorb(float (&scores)[kColumns / 2], float scale_log2, float (&shrink)[2]) {
+  // Turns scores into probabilities. True if results so far must shrink, and by how much.
+  JAX_DS_DEVICE bool absorb(float (&scores)[kColumns / 2], float scale_log2, float (&shrink)[2]) {
+    int top[2] = {kNothingSeen, kNothingSeen};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = -kInfinity;
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-        top = fmaxf(top, fmaxf(scores[4 * j + 2 * half], scores[4 * j + 2 * half + 1]));
-      }
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      top *= scale_log2;
-      shrink[half] = 1.0f;
-      if (top > reference[half] + kLag) {
-        shrink[half] = ex2(reference[half] - top);
-        reference[half] = top;
-      }
-      // A row that has seen no key yet: any finite reference will do.
-      const float finite = reference[half] == -kInfinity ? 0.0f : reference[half];
-      float total = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          scores[4 * j + i] = ex2(scores[4 * j + i] * scale_log2 - finite);
-          total += scores[4 * j + i];
-        }
-      }
-      sum[half] = sum[half] * shrink[half] + total;
+    for (int j = 0; j < kColumns / 2; j += 2) {
+      const int half = j / 2 % 2;
+      scores[j] = scores[j] * scale_log2 - reference[half];
+      scores[j + 1] = scores[j + 1] * scale_log2 - reference[half];
+      top[half] = max(max(top[half], __float_as_int(scores[j])), __float_as_int(scores[j + 1]));
     }
+    const bool moves = __any_sync(0xffffffffu, top[0] >= limit[0] || top[1] >= limit[1]);
+    if (moves) move(scores, shrink);
+    float total[2] = {};
+#pragma unroll
+    for (int j = 0; j < kColumns / 2; ++j) {
+      scores[j] = ex2(scores[j]);
+      total[j / 2 % 2] += scores[j];
+    }
+    sum[0] += total[0];
+    sum[1] += total[1];
+    return moves;
   }
 
   // Sums over the quad; afterwards `sum` is the row's.
@@ -139,148 +136,223 @@ struct OnlineSoftmax {
       sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
     }
   }
+
+ private:
+  // Lets the references follow, of rows where they lag.
+  JAX_DS_DEVICE void move(float (&scores)[kColumns / 2], float (&shrink)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = -kInfinity;
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j) {
+        top = fmaxf(top, fmaxf(scores[4 * j + 2 * half], scores[4 * j + 2 * half + 1]));
+      }
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+      const bool first = limit[half] == kNothingSeen;
+      float step = 0.0f;
+      shrink[half] = 1.0f;
+      if (first ? top > -kInfinity : top >= kLag) {
+        const float next = reference[half] + top;
+        step = next - reference[half];  // as rounded
+        if (!first) shrink[half] = ex2(-step);
+        reference[half] = next;
+        limit[half] = kLagBits;
+      }
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j) {
+        scores[4 * j + 2 * half] -= step;
+        scores[4 * j + 2 * half + 1] -= step;
+      }
+      sum[half] *= shrink[half];
+    }
+  }
 };
 
 // ---- consumer: one math warpgroup ---------------------------------------------------------------
 
-// Normalises and stores a warp's 16 rows from `row` on, and their lse.
+// What the queries of a tile see: this thread's two rows, and all 64 of the warpgroup.
 template <PrefillConfig kConfig>
-JAX_DS_DEVICE void prefill_write(const PrefillParams& p, const HeldTile& tile, int row,
-                                 OnlineSoftmax<kConfig.block_n>& softmax,
-                                 float (&out)[kConfig.v_dim / 2], u32 staging) {
-  softmax.finish();
+struct PrefillSight {
+  Interval<Side::kQueries, kConfig.mask> own[2], common;
+
+  JAX_DS_DEVICE PrefillSight(const PrefillParams& p, const HeldTile& tile) {
+    const int row = tile.row + threadIdx.x / 32 * 16 + lane_id() / 4;
+    own[0] = row_interval<Side::kQueries, kConfig.mask>(p.queries, min(row, tile.end - 1));
+    own[1] = row_interval<Side::kQueries, kConfig.mask>(p.queries, min(row + 8, tile.end - 1));
+    common = common_interval<Side::kQueries, kConfig.mask>(p.queries, tile,
+                                                           tile.row + threadIdx.x / 128 * 64);
+  }
+};
+
+// A warpgroup holds 64 queries.
+template <PrefillConfig kConfig>
+struct PrefillConsumer {
+  static constexpr int kN = kConfig.block_n;
+
+  const PrefillParams& p;
+  PrefillStorage<kConfig>& s;
+  const u32 group = warp_id() / 4;
+  const u32 q = shared_address(s.q[group]);
+  const bool releases = threadIdx.x % 128 == 0;
+  const int keys_end;  // of a packed batch: padding from here on
+  Pipeline<kConfig.stages> k_ring, v_ring;
+
+  JAX_DS_DEVICE PrefillConsumer(const PrefillParams& params, PrefillStorage<kConfig>& storage)
+      : p(params),
+        s(storage),
+        keys_end(kConfig.mask == kPackedMask ? params.queries.packed[kPackedOthersEnd] : 0),
+        k_ring(storage.k_ring),
+        v_ring(storage.v_ring) {
+    if (group == 1) pass_turn();
+  }
+
+  // Barrier 1 + g lets warpgroup g issue its products; group 0 begins.
+  JAX_DS_DEVICE void take_turn() const { bar_sync(1 + group, 256); }
+  JAX_DS_DEVICE void pass_turn() const { bar_arrive(1 + (group ^ 1), 256); }
+
+  // scores = q k^T, of the block of keys that is next in the ring; asynchronous.
+  JAX_DS_DEVICE void multiply_keys(float (&scores)[kN / 2]) const {
+    multiply_slabs<kConfig.qk_dim, kPrefillBoxM, kN>(
+        scores, q, shared_address(s.k[warp_uniform(k_ring.slot())]));
+  }
+  // Once they are there; the queries may be overwritten after the tile's last block.
+  JAX_DS_DEVICE void release_keys(bool last) {
+    if (releases) k_ring.release();
+    if (releases && last) mbarrier_arrive(s.q_ring[group].empty);
+    k_ring.advance();
+  }
+
+  // out += probabilities v, likewise.
+  JAX_DS_DEVICE void multiply_values(const u32 (&probabilities)[kN / 16][4],
+                                     float (&out)[kConfig.v_dim / 2]) const {
+    accumulate_slabs<kN>(out, probabilities, shared_address(s.v[warp_uniform(v_ring.slot())]));
+  }
+  JAX_DS_DEVICE void release_values() {
+    if (releases) v_ring.release();
+    v_ring.advance();
+  }
+
+  // Keys past the end of a packed batch may hold NaN. Only a tile's first block can reach there.
+  JAX_DS_DEVICE void clear_padding(int key) const {
+    const int end = keys_end;
+    if (key + kN <= end) return;
+    v_ring.wait();
+    clear_rows<kN>(shared_address(s.v[v_ring.slot()]), kConfig.v_dim / 64, 3 + group,
+                   [=](int i) { return key + i >= end; });
+  }
+
+  // Takes the queries past all blocks but the first, whose probabilities are given; leaves those of
+  // the last.
+  JAX_DS_DEVICE void walk(const HeldTile& tile, const PrefillSight<kConfig>& sees, int blocks,
+                          float (&scores)[kN / 2], u32 (&probabilities)[kN / 16][4],
+                          OnlineSoftmax<kN>& softmax, float (&out)[kConfig.v_dim / 2]) {
+    for (int block = blocks - 2; block >= 0; --block) {
+      k_ring.wait();
+      take_turn();
+      multiply_keys(scores);
+      v_ring.wait();
+      multiply_values(probabilities, out);
+      pass_turn();
+      wgmma::wait_group<1>();
+      release_keys(block == 0);
+      const int key = tile.first + block * kN;
+      if (!sees.common.sees_all(key, kN)) hide<kN>(scores, key, sees.own, -kInfinity);
+      float shrink[2];
+      const bool shrinks = softmax.absorb(scores, p.scale_log2, shrink);
+      wgmma::wait_group<0>();
+      release_values();
+      pack_operand(scores, probabilities);
+      if (shrinks) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int i = row + half * 8 + lane_id() / 4;
-    const float inverse = softmax.sum[half] == 0.0f ? 0.0f : 1.0f / softmax.sum[half];
-#pragma unroll
-    for (int j = 0; j < kConfig.v_dim / 8; ++j) {
-      out[4 * j + 2 * half] *= inverse;
-      out[4 * j + 2 * half + 1] *= inverse;
-    }
-    if (lane_id() % 4 == 0 && i < tile.end) {
-      const i64 at =
-          (static_cast<i64>(tile.batch) * p.queries.rows + i) * p.queries.heads + tile.head;
-      p.lse[at] = softmax.reference[half] == -kInfinity
-                      ? -kInfinity
-                      : (softmax.reference[half] + lg2(softmax.sum[half])) * kLn2;
+        for (int j = 0; j < kConfig.v_dim / 2; ++j) out[j] *= shrink[j / 2 % 2];
+      }
     }
   }
-  const i64 stride = static_cast<i64>(p.queries.heads) * kConfig.v_dim;
-  u16* rows = static_cast<u16*>(p.out) +
-              (static_cast<i64>(tile.batch) * p.queries.rows + row) * stride +
-              tile.head * kConfig.v_dim;
+
+  // Normalises and stores a warp's 16 rows, and their lse.
+  JAX_DS_DEVICE void write(const HeldTile& tile, OnlineSoftmax<kN>& softmax,
+                           float (&out)[kConfig.v_dim / 2]) const {
+    const int row = tile.row + warp_id() * 16;
+    softmax.finish();
 #pragma unroll
-  for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
-    store_slab(out, slab, staging, rows + slab * 64, stride, tile.end - row);
+    for (int half = 0; half < 2; ++half) {
+      const int i = row + half * 8 + lane_id() / 4;
+      const float inverse = softmax.sum[half] == 0.0f ? 0.0f : 1.0f / softmax.sum[half];
+#pragma unroll
+      for (int j = 0; j < kConfig.v_dim / 8; ++j) {
+        out[4 * j + 2 * half] *= inverse;
+        out[4 * j + 2 * half + 1] *= inverse;
+      }
+      if (lane_id() % 4 == 0 && i < tile.end) {
+        const i64 at =
+            (static_cast<i64>(tile.batch) * p.queries.rows + i) * p.queries.heads + tile.head;
+        // A row without keys: the logarithm of zero.
+        p.lse[at] = (softmax.reference[half] + lg2(softmax.sum[half])) * kLn2;
+      }
+    }
+    const i64 stride = static_cast<i64>(p.queries.heads) * kConfig.v_dim;
+    u16* rows = static_cast<u16*>(p.out) +
+                (static_cast<i64>(tile.batch) * p.queries.rows + row) * stride +
+                tile.head * kConfig.v_dim;
+#pragma unroll
+    for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
+      store_slab(out, slab, shared_address(s.staging[warp_id()]), rows + slab * 64, stride,
+                 tile.end - row);
+    }
   }
-}
+};
 
 template <PrefillConfig kConfig>
 JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfig>& s) {
   constexpr int kN = kConfig.block_n;
-  const int warp = warp_id(), group = warp / 4;
-  const u32 q = shared_address(s.q) + group * 64 * 128;
-  const u32 staging = shared_address(s.staging[warp]);
-  const bool releases = threadIdx.x % 128 == 0;
-  // Taking turns: barrier 1 + g lets warpgroup g issue its wgmma; group 0 begins.
-  if (kConfig.ordered && group == 1) bar_arrive(1, 256);
-
-  Pipeline<1> q_ring(s.q_ring);
-  Pipeline<kConfig.stages> k_ring(s.k_ring), v_ring(s.v_ring);
+  PrefillConsumer<kConfig> c(p, s);
   TileReader<true> reader(s.board);
-  HeldTile following;
-  auto read_ahead = [&] {
-    reader.next();
-    following = reader.tile();
-  };
-  read_ahead();
-  while (following.head >= 0) {
-    const HeldTile tile = following;
-    const int row = tile.row + group * 64 + warp % 4 * 16;
-    const int blocks = walked_blocks(tile, kN);
-    float out[kConfig.v_dim / 2] = {};
+  if (!reader.next()) return;
+  HeldTile tile = reader.tile();
+  PrefillSight<kConfig> sees(p, tile);
+  float scores[kN / 2];
+  mbarrier_wait(s.q_ring[c.group].full, reader.phase());
+  c.k_ring.wait();
+  c.take_turn();
+  c.multiply_keys(scores);
+  c.pass_turn();
+  wgmma::wait_group<0>();
+  while (true) {
+    // The scores of the tile's first block are there.
+    const int blocks = walked_blocks(tile, kN), key = tile.first + (blocks - 1) * kN;
+    c.release_keys(blocks == 1);
+    float out[kConfig.v_dim / 2] = {}, unused[2];
+    u32 probabilities[kN / 16][4];
     OnlineSoftmax<kN> softmax;
-    if (blocks > 0) {
-      Interval<Side::kQueries, kConfig.mask> seen[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = min(row + half * 8 + static_cast<int>(lane_id()) / 4, tile.end - 1);
-        seen[half] = row_interval<Side::kQueries, kConfig.mask>(p.queries, i);
-      }
-      const auto common =
-          common_interval<Side::kQueries, kConfig.mask>(p.queries, tile, tile.row + group * 64);
+    hide<kN>(scores, key, sees.own, -kInfinity);
+    softmax.absorb(scores, p.scale_log2, unused);
+    pack_operand(scores, probabilities);
+    if constexpr (kConfig.mask == kPackedMask) c.clear_padding(key);
+    c.walk(tile, sees, blocks, scores, probabilities, softmax, out);
 
-      float scores[kN / 2];
-      u32 probabilities[kN / 16][4];
-      float shrink[2];
-      auto multiply_keys = [&] {
-        multiply_slabs<kConfig.qk_dim, kPrefillBlockM, kN>(
-            scores, q, shared_address(s.k[warp_uniform(k_ring.slot())]));
-      };
-      auto multiply_values = [&] {
-        accumulate_slabs<kN>(out, probabilities, shared_address(s.v[warp_uniform(v_ring.slot())]));
-      };
-
-      q_ring.wait();
-      k_ring.wait();
-      if constexpr (kConfig.ordered) bar_sync(1 + group, 256);
-      multiply_keys();
-      if constexpr (kConfig.ordered) bar_arrive(1 + (group ^ 1), 256);
+    const HeldTile done = tile;
+    const bool more = reader.next();
+    c.v_ring.wait();
+    if (!more) {
+      c.multiply_values(probabilities, out);
       wgmma::wait_group<0>();
-      if (releases) k_ring.release();
-      k_ring.advance();
-      hide<kN>(scores, tile.first + (blocks - 1) * kN, seen, -kInfinity);
-      softmax.absorb(scores, p.scale_log2, shrink);
-      pack_operand(scores, probabilities);
-      if constexpr (kConfig.mask == kPackedMask) {
-        // Only the last block can reach into the padding.
-        const int key = tile.first + (blocks - 1) * kN, end = p.queries.packed[kPackedOthersEnd];
-        if (key + kN > end) {
-          v_ring.wait();
-          clear_rows<kN>(shared_address(s.v[v_ring.slot()]), kConfig.v_dim / 64, 3 + group,
-                         [=](int i) { return key + i >= end; });
-        }
-      }
-
-      for (int block = blocks - 2; block >= 0; --block) {
-        k_ring.wait();
-        if constexpr (kConfig.ordered) bar_sync(1 + group, 256);
-        multiply_keys();
-        v_ring.wait();
-        multiply_values();
-        if constexpr (kConfig.ordered) bar_arrive(1 + (group ^ 1), 256);
-        wgmma::wait_group<1>();
-        if (releases) k_ring.release();
-        k_ring.advance();
-        const int key = tile.first + block * kN;
-        if (!common.sees_all(key, kN)) {
-          hide<kN>(scores, key, seen, -kInfinity);
-        }
-        softmax.absorb(scores, p.scale_log2, shrink);
-        wgmma::wait_group<0>();
-        if (releases) v_ring.release();
-        v_ring.advance();
-        pack_operand(scores, probabilities);
-        if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
-#pragma unroll
-          for (int j = 0; j < kConfig.v_dim / 2; ++j) out[j] *= shrink[j / 2 % 2];
-        }
-      }
-      // The queries may be overwritten: the next tile's arrive while this one's output leaves.
-      if (releases) q_ring.release();
-      q_ring.advance();
-
-      v_ring.wait();
-      multiply_values();
-      read_ahead();  // hidden by the last product
-      wgmma::wait_group<0>();
-      if (releases) v_ring.release();
-      v_ring.advance();
-    } else {
-      read_ahead();
+      c.write(done, softmax, out);
+      return;
     }
-    prefill_write<kConfig>(p, tile, row, softmax, out, staging);
+    // The last product of this tile and the first of the next, under which results leave.
+    tile = reader.tile();
+    c.take_turn();
+    c.multiply_values(probabilities, out);
+    mbarrier_wait(s.q_ring[c.group].full, reader.phase());
+    c.k_ring.wait();
+    c.multiply_keys(scores);
+    c.pass_turn();
+    sees = PrefillSight<kConfig>(p, tile);
+    wgmma::wait_group<1>();
+    c.release_values();
+    c.write(done, softmax, out);
+    wgmma::wait_group<0>();
   }
 }
 
@@ -293,13 +365,13 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   extern __shared__ __align__(1024) u8 memory[];
   PrefillStorage<kConfig>& s = *reinterpret_cast<PrefillStorage<kConfig>*>(memory);
 
-  const u32 warp = warp_id();
-  if (warp == 0 && elect_one()) {
+  if (warp_id() == 0 && elect_one()) {
     prefetch_tensormap(&p.q);
     prefetch_tensormap(&p.k);
     prefetch_tensormap(&p.v);
     s.board.init();
-    s.q_ring.init(1, 2);
+    s.q_ring[0].init(1, 1);
+    s.q_ring[1].init(1, 1);
     s.k_ring.init(1, 2);
     s.v_ring.init(1, 2);
     fence_mbarrier_init();
@@ -307,14 +379,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   griddepcontrol_wait();
   __syncthreads();
 
-  if (warp >= 8) {
-    setmaxnreg_dec<24>();
-    if (warp == 8 && elect_one()) prefill_produce<kConfig>(p, s);
-    if (warp == 9 && elect_one()) post_tiles<Side::kQueries, kConfig.mask>(p.queries, s.board);
-  } else {
-    setmaxnreg_inc<240>();
-    prefill_consume<kConfig>(p, s);
-  }
+  run_roles<Side::kQueries, kConfig.mask, 232>(
+      p.queries, s.board, [&] { prefill_produce<kConfig>(p, s); },
+      [&] { prefill_consume<kConfig>(p, s); });
 }
 
 }  // namespace jax_ds::flash_mla

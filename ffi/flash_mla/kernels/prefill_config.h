@@ -17,10 +17,10 @@ struct PrefillConfig {
   int mask;     // PrefillMask
   int block_n;  // keys of a tile
   int stages;   // tiles of keys, and of values, in flight
-  int ordered;  // the two math warpgroups take turns at the tensor cores
 };
 
-constexpr int kPrefillBlockM = kHeldRows;  // queries of a tile, 64 for each math warpgroup
+constexpr int kPrefillBlockM = kHeldRows;         // queries of a tile
+constexpr int kPrefillBoxM = kPrefillBlockM / 2;  // of each math warpgroup
 constexpr int kPrefillThreads = 384;
 
 // The tiles of a launch: `rows` held rows (queries, or keys) of each of `heads` heads, 128 at a
@@ -36,7 +36,7 @@ struct PrefillWalk {
 };
 
 struct PrefillParams {
-  TensorMap q;       // bf16 [B, Sq, H, D], box 128 queries x 64 columns
+  TensorMap q;       // bf16 [B, Sq, H, D], box 64 queries x 64 columns
   TensorMap k;       // bf16 [B, Sk, Hk, D - rope], box block_n keys x 64 columns
   TensorMap k_rope;  // bf16 [B, Sk, 1, rope], likewise
   TensorMap v;       // bf16 [B, Sk, Hk, V], likewise
