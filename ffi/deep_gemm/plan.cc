@@ -233,7 +233,7 @@ std::vector<jit::KernelSpec> AllKernels() {
   std::vector<jit::KernelSpec> specs;
   for (Mode mode : {kDense, kGrouped, kMasked, kWgrad}) {
     for (Output output : {kBfloat16, kFloat32, kFloat32Add}) {
-      if (mode == kWgrad ? output == kBfloat16 : output == kFloat32Add) continue;
+      if (mode != kWgrad && output == kFloat32Add) continue;
       for (const Candidate& candidate : Candidates(mode)) {
         Plan plan;
         plan.config = Configure({mode, output, 0, 0, 0, 0}, candidate);

@@ -163,6 +163,7 @@ def fp8_wgrad(
     x_columns: Quantized,
     accumulate: Float[Array, "N K"] | None = None,
     *,
+    out_dtype: DTypeLike = jnp.float32,
     implementation: Implementation = None,
 ) -> Float[Array, "N K"]:
     """`accumulate + dY.T @ X`, contracted over tokens: the weight gradient of `y = x @ w.T`.
@@ -172,10 +173,11 @@ def fp8_wgrad(
         `quantization.quantize_1x128_both(dy)`.
       x_columns: Quantized `[K, P]`, likewise from x.
       accumulate: float32 `[N, K]` or None; updated in place where XLA can alias it.
+      out_dtype: float32; or bfloat16, rounded from the float32 sum, without `accumulate`.
       implementation: None, "xla" or "cuda".
 
     Returns:
-      float32 `[N, K]`.
+      `out_dtype[N, K]`.
 
     Raises:
       ValueError, TypeError: for shapes, dtypes or scale layouts against these rules, or where
@@ -183,10 +185,13 @@ def fp8_wgrad(
       NotImplementedError: for "cuda" where the kernel cannot run.
     """
     _check_columns(dy_columns, x_columns)
-    _check_accumulate(accumulate, (dy_columns.shape[0], x_columns.shape[0]), "N K")
+    shape = (dy_columns.shape[0], x_columns.shape[0])
+    dtype = _check_accumulate(accumulate, shape, "N K", out_dtype)
+    portable = functools.partial(xla.wgrad, out_dtype=dtype)
+    cuda = functools.partial(ffi.wgrad, out_dtype=dtype)
     operands = (dy_columns, x_columns, accumulate)
     reason = ffi.unsupported(dy_columns, x_columns)
-    return _run("fp8_wgrad", _LINEAR, implementation, operands, xla.wgrad, ffi.wgrad, reason)
+    return _run("fp8_wgrad", _LINEAR, implementation, operands, portable, cuda, reason)
 
 
 def fp8_grouped_wgrad(
@@ -195,6 +200,7 @@ def fp8_grouped_wgrad(
     group_sizes: Int[Array, "G"],
     accumulate: Float[Array, "G N K"] | None = None,
     *,
+    out_dtype: DTypeLike = jnp.float32,
     implementation: Implementation = None,
 ) -> Float[Array, "G N K"]:
     """`accumulate[g] + dY_g.T @ X_g`, contracted over the tokens of each group.
@@ -209,10 +215,11 @@ def fp8_grouped_wgrad(
       x_columns: Quantized `[K, P]`, likewise.
       group_sizes: int32 `[G]`, tokens of each group before padding.
       accumulate: float32 `[G, N, K]` or None; updated in place where XLA can alias it.
+      out_dtype: float32; or bfloat16, rounded from the float32 sum, without `accumulate`.
       implementation: None, "xla" or "cuda".
 
     Returns:
-      float32 `[G, N, K]`.
+      `out_dtype[G, N, K]`.
 
     Raises:
       ValueError, TypeError: for shapes, dtypes or scale layouts against these rules, for sizes
@@ -224,10 +231,11 @@ def fp8_grouped_wgrad(
     check(p % 128 == 0, "dy_columns", "number of tokens must be a multiple of 128", p)
     check_group_sizes(group_sizes, None, p)
     shape = (group_sizes.shape[0], dy_columns.shape[0], x_columns.shape[0])
-    _check_accumulate(accumulate, shape, "G N K")
+    dtype = _check_accumulate(accumulate, shape, "G N K", out_dtype)
+    portable = functools.partial(xla.grouped_wgrad, out_dtype=dtype)
+    cuda = functools.partial(ffi.grouped_wgrad, out_dtype=dtype)
     operands = (dy_columns, x_columns, group_sizes, accumulate)
     reason = ffi.unsupported(dy_columns, x_columns, group_sizes.shape[0])
-    portable, cuda = xla.grouped_wgrad, ffi.grouped_wgrad
     return _run("fp8_grouped_wgrad", _GROUPED, implementation, operands, portable, cuda, reason)
 
 
@@ -273,10 +281,17 @@ def _check_columns(dy_columns: Quantized, x_columns: Quantized) -> None:
     check(x_columns.shape[1] == dy_columns.shape[1], "x_columns", rule, got)
 
 
-def _check_accumulate(accumulate: Array | None, shape: tuple[int, ...], letters: str) -> None:
+def _check_accumulate(
+    accumulate: Array | None, shape: tuple[int, ...], letters: str, out_dtype: DTypeLike
+) -> jnp.dtype:
+    """The result's dtype."""
+    dtype = _out_dtype(out_dtype)
     if accumulate is not None:
         check_dtype("accumulate", accumulate, jnp.float32)
         check_shape("accumulate", accumulate, shape, letters)
+        rule = "must be float32 with accumulate"
+        check(dtype == jnp.float32, "out_dtype", rule, dtype.name)
+    return dtype
 
 
 def _out_dtype(out_dtype: DTypeLike) -> jnp.dtype:

@@ -17,7 +17,7 @@ def explain(
     *,
     mode: str = "dense",
     groups: int = 1,
-    out_dtype: DTypeLike = jnp.bfloat16,
+    out_dtype: DTypeLike | None = None,
     num_sms: int = 132,
 ) -> str:
     """The kernel configurations for a product, best first, with the model's times; needs no GPU.
@@ -32,7 +32,7 @@ def explain(
         "wgrad": N and K of the weights, and the tokens of all groups.
       mode: "dense", "grouped", "masked" or "wgrad".
       groups: number of groups.
-      out_dtype: bfloat16 or float32; "wgrad" is float32.
+      out_dtype: bfloat16 or float32; by default bfloat16, for "wgrad" float32.
       num_sms: multiprocessors of the GPU; 132 on H100 SXM and H200.
 
     Returns:
@@ -57,14 +57,16 @@ def checked_problem(
     k: int,
     mode: str,
     groups: int,
-    out_dtype: DTypeLike,
+    out_dtype: DTypeLike | None,
     accumulate: bool = False,
 ) -> tuned.Problem:
     """The problem these arguments of `explain` and `tune` name."""
     check_choice("mode", mode, _MODES)
     check_choice("accumulate", accumulate, (False, True) if mode == "wgrad" else (False,))
-    dtype = jnp.dtype(jnp.float32 if mode == "wgrad" else out_dtype)
-    check_choice("out_dtype", dtype.name, ("bfloat16", "float32"))
+    if out_dtype is None:
+        out_dtype = jnp.float32 if mode == "wgrad" else jnp.bfloat16
+    dtype = jnp.dtype(out_dtype)
+    check_choice("out_dtype", dtype.name, ("float32",) if accumulate else ("bfloat16", "float32"))
     for name, size in {"m": m, "n": n, "k": k, "groups": groups}.items():
         check(0 < size < 2**31, name, "must be between 1 and 2^31 - 1", size)
     check(groups <= 512, "groups", "must be at most 512", groups)

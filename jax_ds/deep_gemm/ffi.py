@@ -70,11 +70,11 @@ def masked_gemm(
 
 
 def wgrad(
-    dy: Quantized, x: Quantized, accumulate: Float[Array, "N K"] | None
+    dy: Quantized, x: Quantized, accumulate: Float[Array, "N K"] | None, *, out_dtype: DTypeLike
 ) -> Float[Array, "N K"]:
     """`accumulate + dy @ x.T` over tokens."""
     shape = (dy.shape[0], x.shape[0])
-    return _call("wgrad", dy, x, None, accumulate, shape, jnp.float32)
+    return _call("wgrad", dy, x, None, accumulate, shape, out_dtype)
 
 
 def grouped_wgrad(
@@ -82,10 +82,12 @@ def grouped_wgrad(
     x: Quantized,
     group_sizes: Int[Array, "G"],
     accumulate: Float[Array, "G N K"] | None,
+    *,
+    out_dtype: DTypeLike,
 ) -> Float[Array, "G N K"]:
     """`accumulate[g] + dy_g @ x_g.T` over the tokens of each group."""
     shape = (group_sizes.shape[0], dy.shape[0], x.shape[0])
-    return _call("wgrad", dy, x, group_sizes, accumulate, shape, jnp.float32)
+    return _call("wgrad", dy, x, group_sizes, accumulate, shape, out_dtype)
 
 
 def _call(

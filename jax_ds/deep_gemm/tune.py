@@ -29,7 +29,7 @@ def tune(
     mode: str = "dense",
     groups: int = 1,
     group_sizes: Sequence[int] | None = None,
-    out_dtype: DTypeLike = jnp.bfloat16,
+    out_dtype: DTypeLike | None = None,
     accumulate: bool = False,
 ) -> dict[str, float]:
     """Times every configuration of a product on this GPU and notes the best one in `file`.

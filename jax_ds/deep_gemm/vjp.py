@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_ds._core.groups import group_bounds
 from jax_ds._runtime.choose import Implementation, by_platform
-from jax_ds._runtime.varying import match_primal
+from jax_ds._runtime.varying import match_primal, varying_axes
 from jax_ds.deep_gemm import api, xla
 from jax_ds.quantization import (
     Quantized,
@@ -79,13 +79,14 @@ def _linear_bwd(
     keywords: Any = dict(scale_dtype=scale_dtype, implementation=implementation)
     rows, columns = quantize_1x128_both(dy, res.group_sizes, **keywords)
     dx = _forward(rows, res.w_transposed, res.group_sizes, res.x_type.dtype, implementation)
+    # Rounded to the weights' dtype by the kernel, or after a sum over devices in float32.
+    summed = set(varying_axes(columns, res.x_columns)) - set(varying_axes(res.w_type))
+    dw_dtype = jnp.float32 if summed else res.w_type.dtype
+    to_dw: Any = dict(out_dtype=dw_dtype, implementation=implementation)
     if res.group_sizes is None:
-        dw = api.fp8_wgrad(columns, res.x_columns, implementation=implementation)
+        dw = api.fp8_wgrad(columns, res.x_columns, **to_dw)
     else:
-        dw = api.fp8_grouped_wgrad(
-            columns, res.x_columns, res.group_sizes, implementation=implementation
-        )
-    # Summed over devices in float32, then rounded to the weights' dtype.
+        dw = api.fp8_grouped_wgrad(columns, res.x_columns, res.group_sizes, **to_dw)
     dw = match_primal(dw, res.w_type).astype(res.w_type.dtype)
     return match_primal(dx, res.x_type), dw, None
 

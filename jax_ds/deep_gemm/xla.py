@@ -50,11 +50,11 @@ def masked_gemm(
 
 
 def wgrad(
-    dy: Quantized, x: Quantized, accumulate: Float[Array, "N K"] | None
+    dy: Quantized, x: Quantized, accumulate: Float[Array, "N K"] | None, out_dtype: DTypeLike
 ) -> Float[Array, "N K"]:
     """`dy @ x.T` over tokens, both in 1x128 blocks along tokens."""
     out = _product(dy.values, dy.scales, x.values, x.scales)
-    return out if accumulate is None else accumulate + out
+    return (out if accumulate is None else accumulate + out).astype(out_dtype)
 
 
 def grouped_wgrad(
@@ -62,6 +62,7 @@ def grouped_wgrad(
     x: Quantized,
     group_sizes: Int[Array, "G"],
     accumulate: Float[Array, "G N K"] | None,
+    out_dtype: DTypeLike,
 ) -> Float[Array, "G N K"]:
     """Each block of 128 tokens adds to the group that owns it."""
     (n, p), k, num_groups = dy.shape, x.shape[0], group_sizes.shape[0]
@@ -83,10 +84,11 @@ def grouped_wgrad(
 
     axes = varying_axes(dy, x, group_sizes, accumulate)
     total = jnp.zeros((num_groups, n, k), jnp.float32) if accumulate is None else accumulate
-    if p == 0:
-        return to_varying(total, axes)
-    num_blocks = jnp.minimum(end, p) // BLOCK
-    return jax.lax.fori_loop(0, num_blocks, add_block, to_varying(total, axes))
+    total = to_varying(total, axes)
+    if p > 0:
+        num_blocks = jnp.minimum(end, p) // BLOCK
+        total = jax.lax.fori_loop(0, num_blocks, add_block, total)
+    return total.astype(out_dtype)
 
 
 def bf16_grouped_gemm(

@@ -158,41 +158,50 @@ def test_bf16_masked_gradient_is_refused() -> None:
         jax.grad(lambda x: deep_gemm.bf16_masked_gemm(x, rhs, PAIR[0].sizes * 0).sum())(lhs)
 
 
+# What a weight gradient's result may be: its dtype, a sum it is added to.
+OUTPUTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "accumulate": jnp.float32}
+outputs = pytest.mark.parametrize("output", OUTPUTS)
+
+
 @implementations
 @gemm_cases
-@pytest.mark.parametrize("accumulate", [False, True], ids=["fresh", "accumulate"])
-def test_wgrad(case: GemmCase, accumulate: bool, implementation: str) -> None:
+@outputs
+def test_wgrad(case: GemmCase, output: str, implementation: str) -> None:
     dy, x = (
         cases.quantized_rows(case, (width, case.m), seed)
         for seed, width in ((1, case.n), (2, case.k))
     )
     expected = reference.gemm(*cases.arrays(dy, x))
     total = None
-    if accumulate:
+    if output == "accumulate":
         total = cases.random(case.draw, (case.n, case.k), 3, jnp.float32)
         expected = expected + total
-    actual = deep_gemm.fp8_wgrad(dy, x, total, implementation=implementation)
-    assert actual.dtype == jnp.float32
+    actual = deep_gemm.fp8_wgrad(
+        dy, x, total, out_dtype=OUTPUTS[output], implementation=implementation
+    )
+    assert actual.dtype == OUTPUTS[output]
     cases.assert_close(actual, expected, case.draw, kernel=implementation == "cuda")
 
 
 @implementations
 @grouped_cases
-@pytest.mark.parametrize("accumulate", [False, True], ids=["fresh", "accumulate"])
-def test_grouped_wgrad(case: GroupedCase, accumulate: bool, implementation: str) -> None:
+@outputs
+def test_grouped_wgrad(case: GroupedCase, output: str, implementation: str) -> None:
     dy, x = _columns(case)
     expected = reference.grouped_wgrad(*cases.arrays(dy, x), case.group_sizes)
     total = None
-    if accumulate:
+    if output == "accumulate":
         total = cases.random(case.draw, expected.shape, 3, jnp.float32)
         expected = expected + total
 
     @jax.jit
     def run(dy: Quantized, x: Quantized, sizes: jax.Array, total: jax.Array | None) -> jax.Array:
-        return deep_gemm.fp8_grouped_wgrad(dy, x, sizes, total, implementation=implementation)
+        return deep_gemm.fp8_grouped_wgrad(
+            dy, x, sizes, total, out_dtype=OUTPUTS[output], implementation=implementation
+        )
 
     actual = run(dy, x, case.sizes, total)
-    assert actual.dtype == jnp.float32
+    assert actual.dtype == OUTPUTS[output]
     cases.assert_close(actual, expected, case.draw, kernel=implementation == "cuda")
     for g, size in enumerate(case.group_sizes):
         if size == 0:

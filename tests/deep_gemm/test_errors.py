@@ -142,6 +142,13 @@ ERRORS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], typ
         TypeError,
         "accumulate: dtype must be float32, got bfloat16",
     ),
+    "dtype of a sum": (
+        deep_gemm.fp8_wgrad,
+        (DY, X, _array(300, 200, dtype=jnp.float32)),
+        {"out_dtype": jnp.bfloat16},
+        ValueError,
+        "out_dtype: must be float32 with accumulate, got bfloat16",
+    ),
     "shape of accumulate": (
         deep_gemm.fp8_grouped_wgrad,
         (DY, X, SIZES, _array(300, 200, dtype=jnp.float32)),

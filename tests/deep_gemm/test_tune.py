@@ -157,10 +157,12 @@ def test_every_wgrad_configuration() -> None:
         start = end
     problem = tuned.Problem("wgrad", "float32", False, n, k, dy.shape[-1], groups)
     adding = dataclasses.replace(problem, accumulate=True)
+    rounded = dataclasses.replace(problem, output="bfloat16")
     for name in _names("wgrad", "float32"):
         _check(ffi.launch(problem, name, dy, x, counts, None, expected.shape), expected)
         total = ffi.launch(adding, name, dy, x, counts, added, expected.shape)
         _check(total, expected + np.asarray(added))
+        _check(ffi.launch(rounded, name, dy, x, counts, None, expected.shape), expected)
 
 
 def _tokens(q: Quantized, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
