@@ -156,21 +156,23 @@ void ConfigureCommunication(std::vector<std::string> nccl, double timeout_s) {
 int NcclVersion() { return ValueOrThrow(comm::Nccl::Get())->version; }
 
 std::string ExplainGemm(const std::string& mode, const std::string& output, int64_t m, int64_t n,
-                        int64_t k, int64_t groups, int num_sms) {
+                        int64_t k, int64_t groups, int64_t expected_rows, int num_sms) {
   const auto parsed_mode = ValueOrThrow(deep_gemm::ParseMode(mode));
   const auto parsed_output = ValueOrThrow(deep_gemm::ParseOutput(output, false));
-  return ValueOrThrow(deep_gemm::Explain({parsed_mode, parsed_output, m, n, k, groups}, num_sms));
+  return ValueOrThrow(
+      deep_gemm::Explain({parsed_mode, parsed_output, m, n, k, groups, expected_rows}, num_sms));
 }
 
 std::vector<std::pair<std::string, double>> GemmCandidates(const std::string& mode,
                                                            const std::string& output,
                                                            bool accumulate, int64_t m, int64_t n,
-                                                           int64_t k, int64_t groups, int num_sms) {
+                                                           int64_t k, int64_t groups,
+                                                           int64_t expected_rows, int num_sms) {
   const auto parsed_mode = ValueOrThrow(deep_gemm::ParseMode(mode));
   const auto parsed_output = ValueOrThrow(deep_gemm::ParseOutput(output, accumulate));
   std::vector<std::pair<std::string, double>> candidates;
-  for (const auto& plan :
-       ValueOrThrow(deep_gemm::Rank({parsed_mode, parsed_output, m, n, k, groups}, num_sms))) {
+  for (const auto& plan : ValueOrThrow(deep_gemm::Rank(
+           {parsed_mode, parsed_output, m, n, k, groups, expected_rows}, num_sms))) {
     candidates.emplace_back(plan.Name(), plan.estimate.total_us());
   }
   return candidates;
@@ -219,11 +221,12 @@ NB_MODULE(_jax_ds, m) {
   m.def("get_kernel", &GetKernel, nb::arg("spec"),
         "What a handler's Instantiate stage does: one compilation however many threads ask.");
   m.def("explain_gemm", &ExplainGemm, nb::arg("mode"), nb::arg("output"), nb::arg("m"),
-        nb::arg("n"), nb::arg("k"), nb::arg("groups"), nb::arg("num_sms"),
+        nb::arg("n"), nb::arg("k"), nb::arg("groups"), nb::arg("expected_rows"), nb::arg("num_sms"),
         "The GEMM's candidate configurations and what the model expects of each, best first.");
   m.def("gemm_candidates", &GemmCandidates, nb::arg("mode"), nb::arg("output"),
         nb::arg("accumulate"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("groups"),
-        nb::arg("num_sms"), "[(configuration, expected us)] of the GEMM, best first.");
+        nb::arg("expected_rows"), nb::arg("num_sms"),
+        "[(configuration, expected us)] of the GEMM, best first.");
   m.def("nvrtc", &NvrtcVersion, "(major, minor, path) of the run-time compiler.");
   m.def("driver", &DriverInfo, "(version, [(name, major, minor)]) of driver and GPUs.");
 }

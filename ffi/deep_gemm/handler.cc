@@ -1,7 +1,5 @@
 #include "deep_gemm/handler.h"
 
-#include <array>
-#include <atomic>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -11,6 +9,7 @@
 #include "jit/launch.h"
 #include "jit/tensor_map.h"
 #include "support/driver.h"
+#include "support/per_device.h"
 #include "support/shape.h"
 
 namespace jax_ds::deep_gemm {
@@ -18,7 +17,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kMaxDevices = 64, kDefaultSms = 132;
+constexpr int kDefaultSms = 132;
 
 struct GemmState : Stateful<GemmState> {
   Problem problem;
@@ -26,7 +25,7 @@ struct GemmState : Stateful<GemmState> {
   bool zero_tail;
   std::shared_ptr<const jit::Kernel> kernel;
   // Clusters a device runs at once; asked when first initialized there.
-  std::array<std::atomic<int>, kMaxDevices> slots = {};
+  PerDevice<int> slots = {};
 
   jit::LaunchShape Shape(unsigned int clusters) const {
     const unsigned int cluster = plan.config.cluster();
@@ -44,12 +43,12 @@ int NumSms() {
 
 ErrorOr<std::unique_ptr<GemmState>> Instantiate(std::string_view mode, std::string_view output,
                                                 int64_t m, int64_t n, int64_t k, int64_t groups,
-                                                bool accumulate, bool zero_tail,
-                                                std::string_view config) {
+                                                int64_t expected_rows, bool accumulate,
+                                                bool zero_tail, std::string_view config) {
   auto state = std::make_unique<GemmState>();
   JAX_DS_ASSIGN_OR_RETURN(Mode parsed_mode, ParseMode(mode));
   JAX_DS_ASSIGN_OR_RETURN(Output parsed_output, ParseOutput(output, accumulate));
-  state->problem = {parsed_mode, parsed_output, m, n, k, groups};
+  state->problem = {parsed_mode, parsed_output, m, n, k, groups, expected_rows};
   state->zero_tail = zero_tail;
   JAX_DS_ASSIGN_OR_RETURN(state->plan, Choose(state->problem, NumSms(), config));
   JAX_DS_ASSIGN_OR_RETURN(state->kernel, jit::GetKernel(state->plan.Spec()));
@@ -58,7 +57,6 @@ ErrorOr<std::unique_ptr<GemmState>> Instantiate(std::string_view mode, std::stri
 
 Error Initialize(GemmState* state, int32_t ordinal) {
   JAX_DS_RETURN_IF_ERROR(state->kernel->Load(ordinal));
-  if (ordinal < 0 || ordinal >= kMaxDevices) return InvalidArgument("too many devices");
   if (state->slots[ordinal].load(std::memory_order_relaxed) == 0) {
     JAX_DS_ASSIGN_OR_RETURN(int slots,
                             jit::MaxActiveClusters(*state->kernel, ordinal, state->Shape(1)));
@@ -67,8 +65,6 @@ Error Initialize(GemmState* state, int32_t ordinal) {
   }
   return Error::Success();
 }
-
-int64_t Blocks128(int64_t size) { return (size + 127) / 128; }
 
 // Checks the operands against the problem; `batch` is how many of it they hold.
 ErrorOr<int64_t> CheckOperands(const Problem& p, AnyBuffer lhs, AnyBuffer lhs_scales, AnyBuffer rhs,
@@ -152,10 +148,10 @@ Error Execute(GemmState* state, int32_t ordinal, cuda::Stream stream, AnyBuffer 
     const int64_t matrices = p.mode == kMasked || p.mode == kWgrad ? p.groups : 1;
     const jit::MapType out_type =
         p.output == kBfloat16 ? jit::MapType::kBfloat16 : jit::MapType::kFloat32;
-    JAX_DS_ASSIGN_OR_RETURN(params.out,
-                            jit::EncodeTensorMap(out_type, params.out_data, {p.n, p.m, matrices},
-                                                 {p.n * out_bytes, p.m * p.n * out_bytes},
-                                                 {128 / out_bytes, 16, 1}, {jit::Swizzle::k128B}));
+    JAX_DS_ASSIGN_OR_RETURN(
+        params.out, jit::EncodeTensorMap(out_type, params.out_data, {p.n, p.m, matrices},
+                                         {p.n * out_bytes, p.m * p.n * out_bytes},
+                                         {128 / out_bytes, OutBox(c), 1}, {jit::Swizzle::k128B}));
     params.group_sizes = group_sizes == nullptr ? nullptr : group_sizes + i * p.groups;
     JAX_DS_RETURN_IF_ERROR(jit::Launch(*state->kernel, ordinal, stream, shape, params));
   }
@@ -170,6 +166,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                            .Attr<int64_t>("n")
                            .Attr<int64_t>("k")
                            .Attr<int64_t>("groups")
+                           .Attr<int64_t>("expected_rows")
                            .Attr<bool>("accumulate")
                            .Attr<bool>("zero_tail")
                            .Attr<std::string_view>("config"));

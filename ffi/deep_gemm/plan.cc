@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <limits>
 
+#include "support/shape.h"
+
 namespace jax_ds::deep_gemm {
 namespace {
 
@@ -13,46 +15,46 @@ constexpr int kSharedAlone = 232448, kSharedHalf = 115712;
 
 // A configuration but for mode, output and stages, with what was measured for it.
 struct Candidate {
-  int block_m, block_n, math, multicast, split, per_sm, depth, turns;
+  int block_m, block_n, math, multicast, split, per_sm, depth;
   double cycles;  // per tile and block of K, with the SM's other CTAs running
 };
 
-// Many rows: tensor cores, and the register file that promotion shares with them, are the limit.
+// Many rows: the tensor cores are the limit, beside which promotion runs.
 constexpr Candidate kLarge[] = {
-    {128, 192, 2, 1, 1, 1, 1, 1, 990},
-    {128, 160, 2, 1, 1, 1, 1, 1, 920},
+    {128, 192, 2, 1, 1, 1, 1, 845},
+    {128, 160, 2, 1, 1, 1, 1, 750},
 };
 // The least to bring from L2; too coarse for masked groups, of which few rows may be in use.
-constexpr Candidate kLargest = {256, 128, 2, 2, 1, 1, 1, 0, 1315};
+constexpr Candidate kLargest = {256, 128, 2, 2, 1, 1, 1, 1165};
 
 // Few rows: memory is the limit, so every SM must load from the start to the end.
 constexpr Candidate kSmall[] = {
-    {64, 64, 1, 1, 1, 2, 2, 0, 230},
-    {64, 128, 1, 1, 1, 2, 1, 0, 420},
+    {64, 64, 1, 1, 1, 2, 2, 300},
+    {64, 96, 1, 1, 1, 2, 1, 450},
+    {64, 128, 1, 1, 1, 2, 1, 600},
 };
 // One matrix has too few tiles for that; K is divided too.
 constexpr Candidate kSmallest[] = {
-    {64, 64, 1, 1, 2, 2, 2, 0, 230},  {64, 64, 1, 1, 4, 2, 2, 0, 230},
-    {64, 32, 1, 1, 2, 2, 2, 0, 130},  {64, 128, 1, 1, 2, 1, 2, 0, 420},
-    {128, 64, 2, 1, 2, 1, 2, 1, 380}, {128, 128, 2, 2, 2, 1, 2, 1, 700},
+    {64, 32, 1, 1, 2, 2, 2, 170},   {64, 64, 1, 1, 2, 2, 2, 300},  {64, 64, 1, 1, 4, 2, 2, 300},
+    {64, 112, 1, 1, 2, 1, 2, 430},  {128, 64, 2, 1, 2, 1, 2, 380}, {128, 112, 2, 1, 2, 1, 2, 600},
+    {128, 128, 2, 2, 2, 1, 2, 700},
 };
 
 // Weight gradients: every column has its own scale, which doubles the promotion.
 constexpr Candidate kGradient[] = {
-    {128, 128, 2, 2, 1, 1, 1, 1, 860},
+    {128, 128, 2, 1, 1, 1, 1, 850},
 };
 
-constexpr double kClockMhz = 1600, kL2BytesPerUs = 9e6, kDramBytesPerUs = 3.9e6;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Fitted to what was measured on an H200: the choices for few rows are the fastest ones there.
+constexpr double kClockMhz = 1600, kL2BytesPerUs = 13e6, kDramBytesPerUs = 4.2e6;
 
 Config Configure(const Problem& problem, const Candidate& c) {
-  Config config = {problem.mode, problem.output, c.block_m, c.block_n, 0,      c.math,
-                   c.multicast,  c.split,        c.per_sm,  c.depth,   c.turns};
+  Config config = {problem.mode, problem.output, c.block_m, c.block_n, 0,
+                   c.math,       c.multicast,    c.split,   c.per_sm,  c.depth};
   const int limit = c.per_sm == 1 ? kSharedAlone : kSharedHalf;
   do {
     ++config.stages;
-  } while (SharedBytes(config) <= limit && config.stages <= 8);
+  } while (SharedBytes(config) <= limit && config.stages <= 16);
   --config.stages;
   return config;
 }
@@ -68,11 +70,30 @@ std::vector<Candidate> Candidates(Mode mode) {
   return candidates;
 }
 
-// The rows of one matrix of rhs. The host does not know how they divide into groups; masked ones
-// are expected to be a quarter full.
+// The rows of one matrix of rhs. The host does not know how they divide into groups.
 double ExpectedRows(const Problem& p) {
   if (p.mode == kGrouped) return static_cast<double>(p.m) / static_cast<double>(p.groups);
-  return static_cast<double>(p.m) / (p.mode == kMasked ? 4 : 1);
+  if (p.mode != kMasked) return static_cast<double>(p.m);
+  return p.expected_rows > 0 ? static_cast<double>(std::min(p.expected_rows, p.m))
+                             : static_cast<double>(p.m) / 4;
+}
+
+// Tiles of rows. Where groups differ, a masked product is small enough that whole tiles count: its
+// groups are taken to hold evenly spread sizes within 30% of what is expected.
+double RowTiles(const Problem& p, const Config& c) {
+  const double rows = ExpectedRows(p), groups = static_cast<double>(p.groups);
+  if (p.mode == kMasked) {
+    double tiles = 0;
+    for (int64_t g = 0; g < p.groups; ++g) {
+      const double spread = 0.7 + 0.6 * (static_cast<double>(g) + 0.5) / groups;
+      tiles += std::ceil(std::min(rows * spread, static_cast<double>(p.m)) / c.block_m);
+    }
+    return tiles;
+  }
+  // A group ends anywhere in its last tile, of which rows past the end cost nothing where each
+  // warpgroup has two times 64.
+  if (p.mode == kGrouped) return groups * (rows / c.block_m + (c.waves() > 1 ? 0.37 : 0.5));
+  return (p.mode == kDense ? 1 : groups) * std::ceil(rows / c.block_m);
 }
 
 // Clusters that run at once. An SM pair always holds a cluster of two; larger ones do not fill
@@ -83,30 +104,30 @@ int64_t Slots(const Config& c, int num_sms) {
 }
 
 Estimate Cost(const Problem& p, const Config& c, double cycles, int num_sms) {
-  const bool ragged = p.mode == kGrouped || p.mode == kMasked;
   const double rows = ExpectedRows(p), matrices = p.mode == kDense ? 1 : p.groups;
-  // A group ends anywhere in its last tile, of which rows past the end cost nothing where each
-  // warpgroup has two times 64.
-  const double last = c.waves() > 1 ? 0.25 : 0.5;
-  const double row_tiles =
-      matrices * (ragged ? rows / c.block_m + last : std::ceil(rows / c.block_m));
+  const double row_tiles = RowTiles(p, c);
   const double columns = static_cast<double>(CeilDiv(p.n, int64_t{c.block_n} * c.multicast));
   const double clusters = row_tiles * columns, slots = static_cast<double>(Slots(c, num_sms));
-  const double waves = ragged ? std::max(1.0, clusters / slots + 0.5) : std::ceil(clusters / slots);
+  const double waves =
+      p.mode == kGrouped ? std::max(1.0, clusters / slots + 0.5) : std::ceil(clusters / slots);
   const int64_t tokens = p.mode == kWgrad ? CeilDiv(p.k, p.groups) : p.k;
   const double blocks = static_cast<double>(CeilDiv(CeilDiv(tokens, kBlockK), c.split));
   // What stores of a tile hold up, although they run beside the next one.
   const double epilogue = c.block_m * c.block_n / 16.0;
 
+  // CTAs of the busiest SM, one after the other or together.
+  const double ctas = clusters * c.cluster() / num_sms;
+  const double busiest = p.mode == kGrouped ? std::max(1.0, ctas + 0.5) : std::ceil(ctas);
+  const double cta_bytes = (c.block_m / c.multicast + c.block_n) * double{kBlockK} * blocks;
+
   Estimate e;
   e.tensor_us = waves * (blocks * cycles + epilogue) / kClockMhz;
-  const double tile_bytes = (c.block_m + c.block_n * c.multicast) * double{kBlockK};
-  e.l2_us = clusters * c.split * blocks * tile_bytes / kL2BytesPerUs;
+  e.l2_us = busiest * cta_bytes * num_sms / kL2BytesPerUs;
   const double out_bytes = p.output == kBfloat16 ? 2 : p.output == kFloat32 ? 4 : 8;
   const double n = static_cast<double>(p.n), k = static_cast<double>(p.k);
   const double operands = p.mode == kWgrad ? (rows + n) * k : matrices * (rows + n) * k;
   e.dram_us = (operands + matrices * rows * n * out_bytes) / kDramBytesPerUs;
-  e.overhead_us = 5.2 + (c.split > 2 ? 0.9 : c.split > 1 ? 0.7 : 0.0);
+  e.overhead_us = c.split > 2 ? 6.0 : 3.0;
   return e;
 }
 
@@ -115,14 +136,14 @@ Estimate Cost(const Problem& p, const Config& c, double cycles, int num_sms) {
 double Estimate::total_us() const {
   const double longest = std::max({tensor_us, l2_us, dram_us});
   // The three overlap, but not wholly.
-  return longest + 0.05 * (tensor_us + l2_us + dram_us - longest) + overhead_us;
+  return longest + 0.15 * (tensor_us + l2_us + dram_us - longest) + overhead_us;
 }
 
 jit::KernelSpec Plan::Spec() const {
   const Config& c = config;
   std::string values;
   for (int v : {c.mode, c.output, c.block_m, c.block_n, c.stages, c.math, c.multicast, c.split,
-                c.per_sm, c.depth, c.turns}) {
+                c.per_sm, c.depth}) {
     values += (values.empty() ? "" : ", ") + std::to_string(v);
   }
   jit::KernelSpec spec;
@@ -143,11 +164,10 @@ std::string Plan::Name() const {
   add("split", c.split, 1);
   add("per_sm", c.per_sm, 1);
   add("depth", c.depth, 1);
-  add("turns", c.turns, 0);
   return name;
 }
 
-int Plan::Band() const { return std::max(1, 1024 / config.block_m); }
+int Plan::Band() const { return std::max(1, 2048 / config.block_m); }
 
 int64_t Plan::Clusters(const Problem& p) const {
   const int64_t columns = CeilDiv(p.n, int64_t{config.block_n} * config.multicast);
@@ -176,7 +196,7 @@ ErrorOr<Output> ParseOutput(std::string_view name, bool accumulate) {
 }
 
 ErrorOr<std::vector<Plan>> Rank(const Problem& p, int num_sms) {
-  for (int64_t size : {p.m, p.n, p.k, p.groups}) {
+  for (int64_t size : {p.m, p.n, p.k, p.groups, p.expected_rows + 1}) {
     if (size < 1 || size > std::numeric_limits<int>::max()) {
       return InvalidArgument("sizes must be between 1 and 2^31 - 1, got " + std::to_string(size));
     }

@@ -17,6 +17,7 @@ struct Problem {
   Mode mode;
   Output output;
   int64_t m, n, k, groups;
+  int64_t expected_rows = 0;  // masked: of a group, as far as the caller knows; 0: a quarter of m
 };
 
 // What a configuration costs on a problem, by the model in plan.cc.
@@ -33,7 +34,7 @@ struct Plan {
   Estimate estimate;
 
   jit::KernelSpec Spec() const;
-  // What tells it from the other candidates of its mode: "128x192,math=2,lhs=2,turns".
+  // What tells it from the other candidates of its mode: "256x128,math=2,lhs=2".
   std::string Name() const;
   // Row tiles that are walked together: L2 should hold their lhs and the rhs they meet.
   int Band() const;

@@ -243,11 +243,17 @@ JAX_DS_DEVICE u32 movmatrix_trans(u32 a) {
   return d;
 }
 
-// 4 bytes, zero where `valid` is false (nothing is read then).
-JAX_DS_DEVICE void cp_async_4(u32 shared, const void* global, bool valid) {
-  const u32 bytes = valid ? 4 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes)
+// kSize bytes, 4 or 8, zero where `valid` is false (nothing is read then).
+template <int kSize>
+JAX_DS_DEVICE void cp_async_small(u32 shared, const void* global, bool valid) {
+  const u32 bytes = valid ? kSize : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes), "n"(kSize)
                : "memory");
+}
+
+JAX_DS_DEVICE void cp_async_4(u32 shared, const void* global, bool valid) {
+  cp_async_small<4>(shared, global, valid);
 }
 
 JAX_DS_DEVICE void cp_async_16(u32 shared, const void* global, bool valid) {

@@ -10,11 +10,16 @@
 namespace jax_ds {
 
 // The matrix descriptor of a tile at `shared` (aligned to 1024 bytes): rows of 128 bytes, groups of
-// eight rows 1024 bytes apart. The next 32 elements of K are 32 bytes further: descriptor + 2.
-JAX_DS_DEVICE u64 wgmma_descriptor(const void* shared) {
+// eight rows 1024 bytes apart. Its lower half counts 16 bytes: the next 32 elements of K are 2
+// further, the next 8 rows 64. Only that half varies, so it is what loops should keep.
+JAX_DS_DEVICE u32 wgmma_address(const void* shared) {
+  return 1u << 16 | ((shared_address(shared) & 0x3ffff) >> 4);
+}
+
+JAX_DS_DEVICE u64 wgmma_descriptor(u32 address) {
   constexpr u64 kSwizzle128 = 1ull << 62;
   constexpr u64 kGroupStride = 1024 >> 4;
-  return kSwizzle128 | kGroupStride << 32 | 1ull << 16 | ((shared_address(shared) & 0x3ffff) >> 4);
+  return kSwizzle128 | kGroupStride << 32 | address;
 }
 
 // Orders register and shared-memory accesses before the wgmma that follow.

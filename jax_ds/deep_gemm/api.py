@@ -121,6 +121,7 @@ def fp8_masked_gemm(
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
     zero_tail: bool = True,
+    expected_rows: int | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "G M N"]:
     """`out[g, i] = lhs[g, i] @ rhs[g].T` for `i < group_sizes[g]`: decoding's grouped product.
@@ -133,6 +134,8 @@ def fp8_masked_gemm(
       group_sizes: int32 `[G]`, valid rows of each group, at most M (more counts as M).
       out_dtype: bfloat16 or float32.
       zero_tail: the other rows are zero; False leaves them unspecified.
+      expected_rows: how many rows a group is likely to hold, a quarter of M by default. It only
+        helps to choose the kernel's tiles.
       implementation: None, "xla" or "cuda".
 
     Returns:
@@ -150,9 +153,14 @@ def fp8_masked_gemm(
     check(rhs.shape[0] == lhs.shape[0], "rhs", rule, f"{rhs.shape[0]} and {lhs.shape[0]}")
     check_group_sizes(group_sizes, rhs.shape[0], lhs.shape[1], masked=True)
     check_choice("zero_tail", zero_tail, (True, False))
+    if expected_rows is not None:
+        check(expected_rows >= 1, "expected_rows", "must be at least 1", expected_rows)
     dtype = _out_dtype(out_dtype)
     portable = functools.partial(xla.masked_gemm, out_dtype=dtype)
-    cuda = functools.partial(ffi.masked_gemm, out_dtype=dtype, zero_tail=zero_tail)
+    expected = min(expected_rows or 0, lhs.shape[1])
+    cuda = functools.partial(
+        ffi.masked_gemm, out_dtype=dtype, zero_tail=zero_tail, expected_rows=expected
+    )
     reason = ffi.unsupported(lhs, rhs, rhs.shape[0])
     operands = (lhs, rhs, group_sizes)
     return _run("fp8_masked_gemm", _GROUPED, implementation, operands, portable, cuda, reason)

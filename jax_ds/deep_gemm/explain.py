@@ -18,6 +18,7 @@ def explain(
     mode: str = "dense",
     groups: int = 1,
     out_dtype: DTypeLike | None = None,
+    expected_rows: int | None = None,
     num_sms: int = 132,
 ) -> str:
     """The kernel configurations for a product, best first, with the model's times; needs no GPU.
@@ -33,21 +34,24 @@ def explain(
       mode: "dense", "grouped", "masked" or "wgrad".
       groups: number of groups.
       out_dtype: bfloat16 or float32; by default bfloat16, for "wgrad" float32.
+      expected_rows: "masked": rows a group is likely to hold, as in `fp8_masked_gemm`.
       num_sms: multiprocessors of the GPU; 132 on H100 SXM and H200.
 
     Returns:
       A table: one line per candidate. Its name tells the tile, the math warpgroups, the CTAs that
       share the lhs tile by multicast (lhs), those that divide K (split), the CTAs per
-      multiprocessor, the blocks in flight (depth) and whether warpgroups take turns; what is 1 or
-      off is left out. Then stages, shared memory, threads, clusters with work, and the times.
+      multiprocessor and the blocks in flight (depth); what is 1 is left out. Then stages, shared
+      memory, threads, clusters with work, and the times.
 
     Raises:
       ValueError: for sizes or names against these rules.
       RuntimeError: where the native module is missing.
     """
     check(0 < num_sms < 2**31, "num_sms", "must be between 1 and 2^31 - 1", num_sms)
-    p = checked_problem(m, n, k, mode, groups, out_dtype)
-    table: str = native.module().explain_gemm(p.mode, p.output, p.m, p.n, p.k, p.groups, num_sms)
+    p = checked_problem(m, n, k, mode, groups, out_dtype, expected_rows)
+    table: str = native.module().explain_gemm(
+        p.mode, p.output, p.m, p.n, p.k, p.groups, p.expected_rows, num_sms
+    )
     return table
 
 
@@ -58,6 +62,7 @@ def checked_problem(
     mode: str,
     groups: int,
     out_dtype: DTypeLike | None,
+    expected_rows: int | None = None,
     accumulate: bool = False,
 ) -> tuned.Problem:
     """The problem these arguments of `explain` and `tune` name."""
@@ -71,4 +76,7 @@ def checked_problem(
         check(0 < size < 2**31, name, "must be between 1 and 2^31 - 1", size)
     check(groups <= 512, "groups", "must be at most 512", groups)
     check(mode != "dense" or groups == 1, "groups", "must be 1 for dense products", groups)
-    return tuned.Problem(mode, dtype.name, accumulate, m, n, k, groups)
+    if expected_rows is not None:
+        check(mode == "masked", "expected_rows", "must be None but for masked", expected_rows)
+        check(1 <= expected_rows <= m, "expected_rows", "must be between 1 and m", expected_rows)
+    return tuned.Problem(mode, dtype.name, accumulate, m, n, k, groups, expected_rows or 0)

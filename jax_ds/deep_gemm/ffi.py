@@ -63,10 +63,11 @@ def masked_gemm(
     *,
     out_dtype: DTypeLike,
     zero_tail: bool,
+    expected_rows: int,
 ) -> Float[Array, "G M N"]:
     """The first rows of every group times the transpose of its matrix."""
     shape = (*lhs.shape[:2], rhs.shape[1])
-    return _call("masked", lhs, rhs, group_sizes, None, shape, out_dtype, zero_tail)
+    return _call("masked", lhs, rhs, group_sizes, None, shape, out_dtype, zero_tail, expected_rows)
 
 
 def wgrad(
@@ -99,6 +100,7 @@ def _call(
     shape: tuple[int, ...],
     out_dtype: DTypeLike,
     zero_tail: bool = True,
+    expected_rows: int = 0,
 ) -> Any:
     dtype = jnp.dtype(out_dtype)
     if 0 in shape or lhs.shape[-1] == 0:
@@ -108,7 +110,9 @@ def _call(
     rhs = _padded(rhs, _COLUMNS, per_row=mode == "wgrad")
     m, n, k = lhs.shape[-2], rhs.shape[-2], lhs.shape[-1]
     groups = 1 if group_sizes is None else group_sizes.shape[0]
-    problem = tuned.Problem(mode, dtype.name, accumulate is not None, m, n, k, groups)
+    problem = tuned.Problem(
+        mode, dtype.name, accumulate is not None, m, n, k, groups, expected_rows
+    )
     if accumulate is not None:
         accumulate = _pad(accumulate, {-1: n})
     config = tuned.configuration(problem)

@@ -30,6 +30,7 @@ def tune(
     groups: int = 1,
     group_sizes: Sequence[int] | None = None,
     out_dtype: DTypeLike | None = None,
+    expected_rows: int | None = None,
     accumulate: bool = False,
 ) -> dict[str, float]:
     """Times every configuration of a product on this GPU and notes the best one in `file`.
@@ -42,10 +43,10 @@ def tune(
     do not stay in L2.
 
     Args:
-      m, n, k, mode, groups, out_dtype: as in `explain`; k a multiple of 16, n of 8.
+      m, n, k, mode, groups, out_dtype, expected_rows: as in `explain`; k a multiple of 16, n of 8.
       file: JSON, made or added to.
-      group_sizes: rows (or tokens) of each group to measure with; even ones by default, a quarter
-        of M where "masked".
+      group_sizes: rows (or tokens) of each group to measure with; even ones by default, those
+        expected (or a quarter of M) where "masked".
       accumulate: "wgrad" adds to its output.
 
     Returns:
@@ -55,7 +56,7 @@ def tune(
       ValueError: for sizes or names against these rules.
       RuntimeError: where no kernel can run.
     """
-    problem = checked_problem(m, n, k, mode, groups, out_dtype, accumulate)
+    problem = checked_problem(m, n, k, mode, groups, out_dtype, expected_rows, accumulate)
     check(k % 16 == 0, "k", "must be a multiple of 16", k)
     check(n % 8 == 0, "n", "must be a multiple of 8", n)
     check(mode != "wgrad" or k % 128 == 0, "k", "must be whole blocks of 128 tokens", k)
@@ -76,7 +77,7 @@ def _sizes(problem: tuned.Problem, group_sizes: Sequence[int] | None) -> list[in
         return None
     if group_sizes is None:
         if problem.mode == "masked":
-            return [max(1, problem.m // 4)] * problem.groups
+            return [problem.expected_rows or max(1, problem.m // 4)] * problem.groups
         if problem.mode == "grouped":
             return [problem.m // problem.groups] * problem.groups
         return [problem.k // 128 // problem.groups * 128] * problem.groups

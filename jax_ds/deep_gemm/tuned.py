@@ -29,10 +29,13 @@ class Problem:
     n: int
     k: int
     groups: int
+    expected_rows: int = 0  # of a masked group; 0: not known
 
     def __str__(self) -> str:
         added = ", added" if self.accumulate else ""
-        return f"{self.mode} {self.m}x{self.n}x{self.k}, {self.groups} groups, {self.output}{added}"
+        of = f" of {self.expected_rows} rows" if self.expected_rows else ""
+        sizes = f"{self.m}x{self.n}x{self.k}, {self.groups} groups{of}"
+        return f"{self.mode} {sizes}, {self.output}{added}"
 
 
 def configuration(problem: Problem) -> str:

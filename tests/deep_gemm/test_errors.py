@@ -121,6 +121,13 @@ ERRORS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], typ
         ValueError,
         "rhs: must have as many groups as lhs, got 2 and 3",
     ),
+    "rows expected": (
+        deep_gemm.fp8_masked_gemm,
+        (_quantized((2, 5, 16), (2, 5, 1)), _quantized((2, 8, 16), (2, 1, 1)), SIZES),
+        {"expected_rows": 0},
+        ValueError,
+        "expected_rows: must be at least 1, got 0",
+    ),
     "tokens": (
         deep_gemm.fp8_wgrad,
         (DY, _quantized((200, 128), (200, 1))),

@@ -24,12 +24,22 @@ def test_modes_have_their_own_candidates() -> None:
     assert len(set(tables.values())) == 4
 
 
+def test_expected_rows_change_the_choice() -> None:
+    few, many = (
+        deep_gemm.explain(4096, 4096, 7168, mode="masked", groups=4, expected_rows=rows)
+        for rows in (32, 4096)
+    )
+    assert few.splitlines()[1].split()[0].startswith("64x")
+    assert many.splitlines()[1].split()[0].startswith("128x")
+
+
 @pytest.mark.parametrize(
     ("sizes", "keywords", "message"),
     [
         ((0, 8, 16), {}, "m: must be between 1"),
         ((8, 8, 16), {"mode": "sparse"}, "mode: .*sparse"),
         ((8, 8, 16), {"out_dtype": "float16"}, "out_dtype: .*float16"),
+        ((8, 8, 16), {"expected_rows": 8}, "expected_rows: must be None but for masked, got 8"),
         ((8, 8, 16), {"mode": "grouped", "groups": 513}, "groups: must be at most 512, got 513"),
     ],
 )

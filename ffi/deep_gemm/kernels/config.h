@@ -28,10 +28,12 @@ struct Config {
   int split;      // CTAs of a cluster that divide K and add their partial tiles
   int per_sm;     // CTAs meant to run together on an SM: 1 or 2
   int depth;      // k-blocks a warpgroup has in flight: it promotes one while the next multiplies
-  int turns;      // math warpgroups take turns at the tensor cores
 
   constexpr int waves() const { return block_m / (64 * math); }
   constexpr int cluster() const { return multicast * split; }
+  // A warpgroup's `wave`-th 64 rows of the tile. Warpgroups alternate, so that of a tile that ends
+  // early none has all the work.
+  constexpr int first_row(int group, int wave) const { return (wave * math + group) * 64; }
   constexpr int math_threads() const { return 128 * math; }
   // Registers move from the producers to the math warpgroups where there are two; that takes a
   // whole warpgroup of producers.
@@ -45,7 +47,7 @@ constexpr int kMaxGroups = 512;
 struct Params {
   TensorMap lhs;            // e4m3 [rows, K], box [block_m / multicast, 128]
   TensorMap rhs;            // e4m3 [rhs rows, K], box [block_n, 128]
-  TensorMap out;            // [matrices, M, N], box of 1 x 16 rows x 128 bytes
+  TensorMap out;            // [matrices, M, N], box of 1 x OutBox rows x 128 bytes
   const float* lhs_scales;  // [K / 128, M], masked [G, K / 128, M]: columns contiguous
   const float* rhs_scales;  // [G, N / 128, K / 128]; wgrad: [T / 128, N]
   const int* group_sizes;   // [G]; unused when dense
@@ -76,21 +78,29 @@ constexpr int ScaleUnit(const Config& c) {
 constexpr int ScaleLane(const Config& c) { return c.block_n / 4 + 4; }
 constexpr int RhsScaleSlots(const Config& c) { return c.mode == kWgrad ? 4 * ScaleLane(c) : 4; }
 
+// Scales of lhs in a stage. A group may begin at any row, copies of 16 bytes at every fourth.
+constexpr int LhsScaleSlots(const Config& c) { return c.block_m + (c.mode == kGrouped ? 4 : 0); }
+
 // Bytes of the buffer in which a CTA receives the other splits' parts of its share of the tile.
 constexpr int ReduceBytes(const Config& c) {
   return c.block_m * c.block_n * 4 / c.split * (c.split - 1);
 }
 
-// Tiles leave through shared memory, 16 rows x 128 bytes of a math warp at a time, except the
-// shares of split tiles, which are too narrow for that to pay.
+// Tiles leave through shared memory by TMA. Large bfloat16 tiles do as a whole, 64 rows x 128 bytes
+// a store, so that nobody waits for a store before the next tile is done. Others leave 16 rows x
+// 128 bytes of a math warp at a time. The shares of split tiles are too narrow for that to pay.
 constexpr int kStagingBytes = 16 * 128;
 constexpr int OutputBytes(const Config& c) { return c.output == kBfloat16 ? 2 : 4; }
-// How many of those a warp may have on their way; more would cost the large tiles a stage.
-constexpr int StagingBuffers(const Config& c) {
-  return c.split > 1 ? 0 : c.block_m * c.block_n == 128 * 128 ? 2 : 1;
-}
-// The shares of split tiles are not wide enough for that.
 constexpr bool StoresByTma(const Config& c) { return c.split == 1; }
+constexpr bool StagesWhole(const Config& c) {
+  return StoresByTma(c) && c.output == kBfloat16 && c.math == 2 && c.block_n % 64 == 0;
+}
+constexpr int OutBox(const Config& c) { return StagesWhole(c) ? 64 : 16; }
+// How many pieces a warp has room for; more would cost the large float32 tiles a stage.
+constexpr int StagingBuffers(const Config& c) {
+  if (StagesWhole(c)) return c.waves() * c.block_n / 64;
+  return !StoresByTma(c) ? 0 : c.block_m * c.block_n == 128 * 128 ? 2 : 1;
+}
 
 // The 128-blocks of columns that a tile may touch.
 constexpr int ScaleBlocks(const Config& c) {
@@ -101,7 +111,7 @@ constexpr int ScaleBlocks(const Config& c) {
 // Dynamic shared memory of a launch.
 constexpr int SharedBytes(const Config& c) {
   const int tiles = (c.block_m + c.block_n) * kBlockK;
-  const int scales = (c.block_m + RhsScaleSlots(c)) * 4;
+  const int scales = (LhsScaleSlots(c) + RhsScaleSlots(c)) * 4;
   const int groups = c.mode == kDense ? 16 : kMaxGroups * 4;
   const int barriers = 16 * c.stages + 16;
   return RoundUp(c.stages * (tiles + scales) + StagingBuffers(c) * 4 * c.math * kStagingBytes +

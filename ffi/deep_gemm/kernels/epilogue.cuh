@@ -2,7 +2,7 @@
 // stored: a group may end anywhere.
 #pragma once
 
-#include "deep_gemm/kernels/config.h"
+#include "deep_gemm/kernels/scheduler.cuh"
 #include "kernels/tma.cuh"
 
 namespace jax_ds::deep_gemm {
@@ -74,11 +74,6 @@ class Staging {
     next_ = next_ + 1 == kBuffers ? 0 : next_ + 1;
   }
 
-  JAX_DS_DEVICE void drain() const {
-    if (lane_id() == 0) bulk_wait_group<0>();
-  }
-
- private:
   template <int kFirst, int kColumns, int kSize>
   JAX_DS_DEVICE static void write(u32 buffer, const float (&d)[kSize]) {
     const u32 lane = lane_id();
@@ -122,9 +117,55 @@ class Staging {
     }
   }
 
+ private:
   u8* base_;
   u32 next_ = 0;
 };
+
+// A warp's 16 rows of a box for each 64 columns, from the kBox-th on.
+template <Config kConfig, int kBox = 0, int kSize>
+JAX_DS_DEVICE void write_boxes(u32 memory, const float (&total)[kSize]) {
+  if constexpr (kBox < kConfig.block_n / 64) {
+    Staging<kConfig>::template write<64 * kBox, 64>(memory + kBox * 4 * kStagingBytes, total);
+    write_boxes<kConfig, kBox + 1>(memory, total);
+  }
+}
+
+// A warpgroup's part of the tile, by boxes of 64 rows x 64 columns. `memory`: room for all of them.
+template <Config kConfig, int kSize>
+JAX_DS_DEVICE void store_whole(const Params& p, const float (&total)[kConfig.waves()][kSize],
+                               const Tile& tile, int group, u8* memory) {
+  constexpr int kColumns = kConfig.block_n / 64, kWaves = kConfig.waves();
+  constexpr int kBoxBytes = 4 * kStagingBytes;
+  const int lane = lane_id(), warp = warp_id() % 4, barrier = 1 + group;
+  // A lane a box, as bulk groups belong to threads. It waits for its box of the tile before.
+  const bool issues = warp == 0 && lane < kWaves * kColumns;
+  if (issues) bulk_wait_group_read<0>();
+  __syncwarp();
+  bar_sync(barrier, 128);
+  const u32 own = shared_address(memory) + warp * kStagingBytes;
+  write_boxes<kConfig>(own, total[0]);
+  if constexpr (kWaves > 1) write_boxes<kConfig>(own + kColumns * kBoxBytes, total[1]);
+  fence_proxy_async_shared();
+  bar_sync(barrier, 128);
+#pragma unroll
+  for (int wave = 0; wave < kWaves; ++wave) {
+    const int row = tile.out_row + kConfig.first_row(group, wave);
+    // TMA clips at the end of a matrix, but knows nothing of groups inside one.
+    if (kConfig.mode == kGrouped && row + 64 > tile.out_end) {
+      const WarpTile t{tile.matrix, row + 16 * warp, tile.out_end, tile.col};
+#pragma unroll
+      for (int box = 0; box < kColumns; ++box) {
+        Staging<kConfig>::template copy_rows<64>(p, own + (wave * kColumns + box) * kBoxBytes, t,
+                                                 tile.col + 64 * box);
+      }
+    } else if (issues && lane / kColumns == wave) {
+      const int col = tile.col + lane % kColumns * 64;
+      tma_store_3d(&p.out, memory + lane * kBoxBytes, col, row, tile.matrix);
+      bulk_commit_group();
+    }
+  }
+}
 
 // kFirst and what follows of the tile's columns.
 template <Config kConfig, int kFirst = 0, int kSize>

@@ -19,6 +19,12 @@ struct Tile {
   int k_blocks;  // 0: the tile is zero
 };
 
+// The row of lhs whose scale comes first in a slot, for a tile that begins at `row`.
+template <Config kConfig>
+JAX_DS_DEVICE int first_scale(const Params& p, int row) {
+  return kConfig.mode == kGrouped && p.m % 4 == 0 ? row / 4 * 4 : row;
+}
+
 // Sums `values` over the warp, inclusively.
 JAX_DS_DEVICE int warp_inclusive_sum(int value) {
 #pragma unroll

@@ -13,7 +13,7 @@ struct Storage {
   u8 staging[kConfig.math * 4]
             [StagingBuffers(kConfig) > 0 ? StagingBuffers(kConfig) * kStagingBytes : 16];
   float4 reduce[ReduceBytes(kConfig) > 0 ? ReduceBytes(kConfig) / 16 : 1];
-  float lhs_scales[kConfig.stages][kConfig.block_m];
+  alignas(16) float lhs_scales[kConfig.stages][LhsScaleSlots(kConfig)];
   alignas(16) float rhs_scales[kConfig.stages][RhsScaleSlots(kConfig)];
   int group_ends[kConfig.mode == kDense ? 4 : kMaxGroups];
   PipelineBarriers<kConfig.stages> ring;
@@ -29,11 +29,11 @@ constexpr bool legal() {
   static_assert(c.cluster() <= 8, "portable clusters");
   static_assert(ScaleBlocks(c) <= 3, "scales of rhs");
   static_assert(
-      c.split == 1 || (c.waves() == 1 && c.mode != kMasked && c.block_n / c.split % 16 == 0),
+      c.split == 1 || (c.waves() == 1 && c.mode != kMasked && c.block_n / c.split % 8 == 0),
       "whole strips");
   static_assert(c.depth == 1 || (c.depth == 2 && c.waves() == 1 && c.stages > 2), "registers");
+  static_assert(c.mode != kWgrad || (c.block_n <= 128 && c.waves() == 1), "registers");
   static_assert(c.math <= 2 && (c.math == 1 || c.per_sm == 1), "registers");
-  static_assert(c.turns == 0 || (c.math > 1 && c.waves() == 1), "turns are taken by several");
   static_assert(sizeof(Storage<c>) <= SharedBytes(c), "SharedBytes counts the storage");
   return true;
 }
