@@ -6,16 +6,15 @@
 #include <mutex>
 
 #include "support/driver.h"
+#include "support/per_device.h"
 
 namespace jax_ds::comm {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 struct Records {
   std::array<std::once_flag, kMaxDevices> once;
   std::array<std::unique_ptr<ErrorOr<DeviceRecord>>, kMaxDevices> made;
-  std::array<std::atomic<const DeviceRecord*>, kMaxDevices> ready = {};
+  PerDevice<const DeviceRecord*> ready = {};
 };
 
 // Kept to the end of the process: XLA may replay a graph that holds these addresses.
@@ -74,9 +73,7 @@ void SetTimeout(std::chrono::nanoseconds timeout) { timeout_ns = timeout.count()
 std::chrono::nanoseconds Timeout() { return std::chrono::nanoseconds(timeout_ns.load()); }
 
 ErrorOr<const DeviceRecord*> GetDeviceRecord(int ordinal) {
-  if (ordinal < 0 || ordinal >= kMaxDevices) {
-    return Internal("device ordinal " + std::to_string(ordinal) + " is out of range");
-  }
+  JAX_DS_RETURN_IF_ERROR(CheckOrdinal(ordinal));
   Records& records = ProcessRecords();
   std::call_once(records.once[ordinal], [&] {
     auto& made = records.made[ordinal];

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "comm/device.h"
+#include "deep_ep/stages.h"
 #include "jit/compiler.h"
 
 namespace jax_ds::deep_ep {
@@ -34,9 +35,7 @@ Error Exchange::Prepare(comm::CommunicatorContext& context) const {
 }
 
 Error Exchange::Initialize(int ordinal, comm::CommunicatorContext& context) {
-  if (ordinal < 0 || ordinal >= kMaxDevices) {
-    return Internal("device ordinal " + std::to_string(ordinal) + " is out of range");
-  }
+  JAX_DS_RETURN_IF_ERROR(CheckOrdinal(ordinal));
   JAX_DS_ASSIGN_OR_RETURN(const comm::DeviceRecord* record, comm::GetDeviceRecord(ordinal));
   JAX_DS_RETURN_IF_ERROR(comm::CheckDevice(*record));
   JAX_DS_RETURN_IF_ERROR(kernel_->Load(ordinal));
@@ -50,20 +49,19 @@ Error Exchange::Initialize(int ordinal, comm::CommunicatorContext& context) {
 }
 
 ErrorOr<const comm::Link*> Exchange::link(int ordinal) const {
-  const comm::Link* link = ordinal >= 0 && ordinal < kMaxDevices
-                               ? links_[ordinal].load(std::memory_order_acquire)
-                               : nullptr;
+  JAX_DS_RETURN_IF_ERROR(CheckOrdinal(ordinal));
+  const comm::Link* link = links_[ordinal].load(std::memory_order_acquire);
   if (link == nullptr) return Internal("Execute ran before Initialize");
   return link;
 }
 
-Error CheckTokens(const char* name, const xla::ffi::AnyBuffer& buffer, const Record& record,
-                  int64_t count) {
-  const int64_t payload = record.vectors * int64_t{16};
-  if (static_cast<int64_t>(buffer.size_bytes()) == count * payload) return Error::Success();
+Error CheckTokens(const char* name, const AnyBuffer& buffer, const Record& record, int64_t count,
+                  int64_t more) {
+  const int64_t payload = PayloadBytes(record);
+  if (static_cast<int64_t>(buffer.size_bytes()) == count * payload + more) return Error::Success();
   return InvalidArgument(std::string(name) + ": must be " + std::to_string(count) + " tokens of " +
-                         std::to_string(payload) + " bytes, got " +
-                         std::to_string(buffer.size_bytes()) + " bytes");
+                         std::to_string(payload) + " bytes and " + std::to_string(more) +
+                         " bytes, got " + std::to_string(buffer.size_bytes()) + " bytes");
 }
 
 }  // namespace jax_ds::deep_ep

@@ -1,8 +1,6 @@
 // What every communicating call of this room has in common: groups, a window, a grid.
 #pragma once
 
-#include <array>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 
@@ -10,6 +8,7 @@
 #include "comm/window.h"
 #include "deep_ep/plan.h"
 #include "jit/kernel.h"
+#include "support/per_device.h"
 #include "support/status.h"
 
 namespace jax_ds::deep_ep {
@@ -48,8 +47,6 @@ class Exchange {
   const LowLatencySizes& low_latency() const { return low_latency_; }
 
  private:
-  static constexpr int kMaxDevices = 64;
-
   explicit Exchange(comm::Groups groups) : groups_(std::move(groups)) {}
 
   comm::Groups groups_;
@@ -59,7 +56,7 @@ class Exchange {
   unsigned int grid_;
   Record record_;
   std::shared_ptr<const jit::Kernel> kernel_;
-  std::array<std::atomic<const comm::Link*>, kMaxDevices> links_ = {};
+  PerDevice<const comm::Link*> links_ = {};
 };
 
 }  // namespace jax_ds::deep_ep

@@ -7,8 +7,6 @@
 #include "deep_ep/low_latency.h"
 #include "deep_ep/plan.h"
 #include "deep_ep/stages.h"
-#include "jit/launch.h"
-#include "support/shape.h"
 
 namespace jax_ds::deep_ep {
 namespace {
@@ -20,8 +18,6 @@ Error CheckColumns(int64_t columns) {
   if (columns >= 1 && columns <= kMaxColumns) return Error::Success();
   return InvalidArgument("row_of: must have 1 to 32 columns, got " + std::to_string(columns));
 }
-
-int Int(int64_t value) { return static_cast<int>(value); }
 
 // ---- dispatch: x [T, H] (and scales [T, KB]) -> rows [C, H] (and scales [C, KB]) ----------------
 
@@ -43,8 +39,8 @@ Error TakeScales(const Record& record, int64_t num_tokens, int64_t capacity,
       CheckBuffer("x.scales", scales, DataType::F32, {num_tokens, record.num_scales}));
   JAX_DS_RETURN_IF_ERROR(
       CheckBuffer("rows.scales", *row_scales, DataType::F32, {capacity, record.num_scales}));
-  params->scales = static_cast<const float*>(scales.untyped_data());
-  params->row_scales = static_cast<float*>(row_scales->untyped_data());
+  params->scales = Pointer<const float>(scales);
+  params->row_scales = Pointer<float>(*row_scales);
   return Error::Success();
 }
 
@@ -67,19 +63,18 @@ Error ExecuteDispatch(ExchangeState* state, int32_t ordinal, cuda::Stream stream
   JAX_DS_RETURN_IF_ERROR(CheckTokens("rows", *rows, record, capacity));
   DispatchParams params = {};
   params.link = *link;
-  params.axis_index = static_cast<const int*>(axis_index.untyped_data());
+  params.axis_index = Pointer<const int>(axis_index);
   params.x = x.untyped_data();
-  params.needed = static_cast<const unsigned char*>(needed.untyped_data());
-  params.row_source = static_cast<const int*>(row_source.untyped_data());
-  params.row_of = static_cast<const int*>(row_of.untyped_data());
+  params.needed = Pointer<const unsigned char>(needed);
+  params.row_source = Pointer<const int>(row_source);
+  params.row_of = Pointer<const int>(row_of);
   params.rows = rows->untyped_data();
   params.record = record;
   params.num_tokens = Int(num_tokens);
   params.columns = Int(columns);
   params.capacity = Int(capacity);
   JAX_DS_RETURN_IF_ERROR(TakeScales(record, num_tokens, capacity, args, rets, &params));
-  return jit::Launch(exchange.kernel(), ordinal, stream, {{exchange.grid()}, {kThreads}, {}},
-                     params);
+  return LaunchExchange(exchange, ordinal, stream, params);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiateDispatch, InstantiateDispatch,
@@ -91,22 +86,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateDispatch, InstantiateDispatch,
                            .Attr<int64_t>("token_bytes")
                            .Attr<int64_t>("num_scales")
                            .Attr<int64_t>("num_sms"));
-XLA_FFI_DEFINE_HANDLER(kExecuteDispatch, ExecuteDispatch,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::State<ExchangeState>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<AnyBuffer>()
-                           .RemainingRets(),
-                       {ffi::Traits::kCmdBufferCompatible});
-
-// ---- combine: rows [C, H] (and weights [T, K]) -> y [T, H] (and those weights [B, J]) -----------
+// ---- combine: rows [C, H] (and weights [T, K]) -> y [T, H] (and behind it those weights [B, J]) -
 
 Instantiated InstantiateCombine(ffi::Span<const int64_t> groups, int64_t num_ranks, int64_t channel,
                                 int64_t num_tokens, int64_t token_bytes, int64_t top_k,
@@ -120,11 +100,11 @@ Instantiated InstantiateCombine(ffi::Span<const int64_t> groups, int64_t num_ran
                     /*note_words=*/top_k, std::move(spec)});
 }
 
-// `rest` may hold one operand, the weights; then `more` holds one result.
+// `rest` may hold one operand, the weights. Then they are sent to where the rows are, and are a
+// result too, in one buffer with y: XLA awaits a call of two results at once.
 Error ExecuteCombine(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
                      AnyBuffer axis_index, AnyBuffer needed, AnyBuffer row_of, AnyBuffer column,
-                     AnyBuffer rows, ffi::RemainingArgs rest, ffi::Result<AnyBuffer> y,
-                     ffi::RemainingRets more) {
+                     AnyBuffer rows, ffi::RemainingArgs rest, ffi::Result<AnyBuffer> y) {
   const Exchange& exchange = *state->exchange;
   const Record& record = exchange.record();
   const int64_t num_tokens = exchange.num_tokens(), num_slots = exchange.num_slots();
@@ -138,14 +118,15 @@ Error ExecuteCombine(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
   const int64_t columns = row_of.dimensions()[1];
   JAX_DS_RETURN_IF_ERROR(CheckColumns(columns));
   JAX_DS_RETURN_IF_ERROR(CheckTokens("rows", rows, record, LeadingSize(rows, 1)));
-  JAX_DS_RETURN_IF_ERROR(CheckTokens("y", *y, record, num_tokens));
+  const int64_t by_column_bytes = rest.size() > 0 ? 4 * num_slots * columns : 0;
+  JAX_DS_RETURN_IF_ERROR(CheckTokens("y", *y, record, num_tokens, by_column_bytes));
   CombineParams params = {};
   params.link = *link;
-  params.axis_index = static_cast<const int*>(axis_index.untyped_data());
+  params.axis_index = Pointer<const int>(axis_index);
   params.rows = rows.untyped_data();
-  params.row_of = static_cast<const int*>(row_of.untyped_data());
-  params.column = static_cast<const int*>(column.untyped_data());
-  params.needed = static_cast<const unsigned char*>(needed.untyped_data());
+  params.row_of = Pointer<const int>(row_of);
+  params.column = Pointer<const int>(column);
+  params.needed = Pointer<const unsigned char>(needed);
   params.y = y->untyped_data();
   params.record = record;
   params.num_tokens = Int(num_tokens);
@@ -155,14 +136,11 @@ Error ExecuteCombine(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
     JAX_DS_ASSIGN_OR_RETURN(AnyBuffer weights, rest.get<AnyBuffer>(0));
     JAX_DS_RETURN_IF_ERROR(
         CheckBuffer("weights", weights, DataType::F32, {num_tokens, params.top_k}));
-    JAX_DS_ASSIGN_OR_RETURN(ffi::Result<AnyBuffer> by_column, more.get<AnyBuffer>(0));
-    JAX_DS_RETURN_IF_ERROR(
-        CheckBuffer("by_column", *by_column, DataType::F32, {num_slots, columns}));
-    params.weights = static_cast<const float*>(weights.untyped_data());
-    params.by_column = static_cast<float*>(by_column->untyped_data());
+    params.weights = Pointer<const float>(weights);
+    params.by_column =
+        reinterpret_cast<float*>(Pointer<char>(*y) + num_tokens * PayloadBytes(record));
   }
-  return jit::Launch(exchange.kernel(), ordinal, stream, {{exchange.grid()}, {kThreads}, {}},
-                     params);
+  return LaunchExchange(exchange, ordinal, stream, params);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiateCombine, InstantiateCombine,
@@ -175,30 +153,15 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateCombine, InstantiateCombine,
                            .Attr<int64_t>("top_k")
                            .Attr<std::string_view>("dtype")
                            .Attr<int64_t>("num_sms"));
-XLA_FFI_DEFINE_HANDLER(kExecuteCombine, ExecuteCombine,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::State<ExchangeState>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<AnyBuffer>()
-                           .RemainingRets(),
-                       {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
 Room GetRoom() {
-  Room room = {
-      "deep_ep",
-      {{"jax_ds_deep_ep_exchange", &ExchangeState::id, ExchangeState::info()}},
-      {{"jax_ds_deep_ep_dispatch", kInstantiateDispatch, kPrepare, kInitialize, kExecuteDispatch},
-       {"jax_ds_deep_ep_combine", kInstantiateCombine, kPrepare, kInitialize, kExecuteCombine}},
-      AllKernels()};
+  Room room = {"deep_ep",
+               {{"jax_ds_deep_ep_exchange", &ExchangeState::id, ExchangeState::info()}},
+               {ExchangeTarget<ExecuteDispatch>("jax_ds_deep_ep_dispatch", kInstantiateDispatch),
+                ExchangeTarget<ExecuteCombine>("jax_ds_deep_ep_combine", kInstantiateCombine)},
+               AllKernels()};
   for (const Target& target : LowLatencyTargets()) room.targets.push_back(target);
   return room;
 }

@@ -5,21 +5,12 @@
 
 #include "deep_ep/plan.h"
 #include "deep_ep/stages.h"
-#include "jit/launch.h"
-#include "support/shape.h"
 
 namespace jax_ds::deep_ep {
 namespace {
 
 namespace ffi = xla::ffi;
 using comm::Operation;
-
-int Int(int64_t value) { return static_cast<int>(value); }
-
-template <typename T>
-T* Pointer(const AnyBuffer& buffer) {
-  return static_cast<T*>(buffer.untyped_data());
-}
 
 ErrorOr<Half> ToHalf(std::string_view half) {
   if (half == "whole") return Half::kWhole;
@@ -33,20 +24,47 @@ int64_t ElementBytes(std::string_view dtype, bool quantize) {
   return quantize ? 1 : dtype == "bfloat16" ? 2 : 4;
 }
 
-// The ticket is the first word of what a first half returns; the rest of it is not touched.
-Error CheckTicket(const AnyBuffer& in_flight) {
-  if (in_flight.size_bytes() >= 4) return Error::Success();
-  return InvalidArgument("in_flight: too small");
+// Operands may be followed by more, which only order the call.
+ErrorOr<AnyBuffer> Get(const ffi::RemainingArgs& operands, size_t i) {
+  return operands.get<AnyBuffer>(i);
 }
 
-template <typename Params>
-Error LaunchOn(const Exchange& exchange, int32_t ordinal, cuda::Stream stream,
-               const Params& params) {
-  return jit::Launch(exchange.kernel(), ordinal, stream, {{exchange.grid()}, {kThreads}, {}},
-                     params);
+ErrorOr<AnyBuffer> Get(const ffi::RemainingRets& results, size_t i) {
+  JAX_DS_ASSIGN_OR_RETURN(ffi::Result<AnyBuffer> result, results.get<AnyBuffer>(i));
+  return *result;
 }
 
-// Calls may have more operands, which only order them.
+// Checks operand or result `i`, and lets `to` point to it.
+template <typename Buffers, typename T>
+Error Take(const Buffers& buffers, size_t i, const char* name, DataType type,
+           std::initializer_list<int64_t> dimensions, T** to) {
+  JAX_DS_ASSIGN_OR_RETURN(AnyBuffer buffer, Get(buffers, i));
+  JAX_DS_RETURN_IF_ERROR(CheckBuffer(name, buffer, type, dimensions));
+  *to = Pointer<T>(buffer);
+  return Error::Success();
+}
+
+// Likewise with `count` tokens of the record's payload.
+template <typename Buffers, typename T>
+Error TakeRecords(const Buffers& buffers, size_t i, const char* name, const Record& record,
+                  int64_t count, T** to) {
+  JAX_DS_ASSIGN_OR_RETURN(AnyBuffer buffer, Get(buffers, i));
+  JAX_DS_RETURN_IF_ERROR(CheckTokens(name, buffer, record, count));
+  *to = Pointer<T>(buffer);
+  return Error::Success();
+}
+
+// What a first half returns: the ticket, and from kInFlightHeader on what else is in `bytes`. It is
+// as large as the portable implementation's; the rest is not touched.
+template <typename Buffers>
+Error TakeInFlight(const Buffers& buffers, size_t i, int64_t bytes, int** ticket) {
+  JAX_DS_ASSIGN_OR_RETURN(AnyBuffer buffer, Get(buffers, i));
+  if (static_cast<int64_t>(buffer.size_bytes()) < bytes) {
+    return InvalidArgument("in_flight: too small");
+  }
+  *ticket = Pointer<int>(buffer);
+  return Error::Success();
+}
 
 // ---- dispatch: x [T, H], ids [T, K] -> rows [L, region, H] and where they come from
 
@@ -55,11 +73,10 @@ Instantiated InstantiateDispatch(ffi::Span<const int64_t> groups, int64_t num_ra
                                  int64_t hidden, int64_t top_k, int64_t experts, int64_t region,
                                  std::string_view dtype, bool quantize,
                                  std::string_view half_name) {
-  const LowLatencySizes sizes = {num_ranks, num_tokens, top_k, experts, region, hidden};
-  JAX_DS_RETURN_IF_ERROR(CheckLowLatency(sizes));
   JAX_DS_ASSIGN_OR_RETURN(Half half, ToHalf(half_name));
-  JAX_DS_ASSIGN_OR_RETURN(jit::KernelSpec spec,
-                          LowLatencyDispatchSpec(dtype, quantize, half, sizes));
+  const LowLatencySizes sizes = {num_ranks, num_tokens, top_k, experts, region, hidden, half};
+  JAX_DS_RETURN_IF_ERROR(CheckLowLatency(sizes));
+  JAX_DS_ASSIGN_OR_RETURN(jit::KernelSpec spec, LowLatencyDispatchSpec(dtype, quantize, sizes));
   JAX_DS_ASSIGN_OR_RETURN(Record record, MakeRecord(hidden * ElementBytes(dtype, quantize),
                                                     quantize ? (hidden + 127) / 128 : 0));
   return MakeState({Operation::kLowLatencyDispatch, groups, num_ranks, channel, num_tokens, num_sms,
@@ -81,87 +98,61 @@ ErrorOr<LowLatencyDispatchParams> DispatchSizes(const Exchange& exchange, int32_
   return params;
 }
 
-Error TakeTokens(const Exchange& exchange, const AnyBuffer& axis_index, const AnyBuffer& x,
-                 const AnyBuffer& ids, const AnyBuffer& needed, LowLatencyDispatchParams* params) {
+Error TakeTokens(const Exchange& exchange, const ffi::RemainingArgs& operands,
+                 LowLatencyDispatchParams* params) {
   const int64_t num_tokens = exchange.num_tokens();
-  const auto dims = x.dimensions();
-  JAX_DS_RETURN_IF_ERROR(CheckBuffer("axis_index", axis_index, DataType::S32, {}));
-  JAX_DS_RETURN_IF_ERROR(CheckBuffer("x", x, x.element_type(), {num_tokens, params->hidden}));
-  if (dims.size() != 2) return InvalidArgument("x: must have two dimensions");
+  JAX_DS_ASSIGN_OR_RETURN(AnyBuffer x, Get(operands, 1));
+  if (x.dimensions().size() != 2) return InvalidArgument("x: must have two dimensions");
+  JAX_DS_RETURN_IF_ERROR(Take(operands, 0, "axis_index", DataType::S32, {}, &params->axis_index));
   JAX_DS_RETURN_IF_ERROR(
-      CheckBuffer("expert_ids", ids, DataType::S32, {num_tokens, params->top_k}));
-  JAX_DS_RETURN_IF_ERROR(
-      CheckBuffer("needed", needed, DataType::PRED, {exchange.num_ranks(), num_tokens}));
-  params->axis_index = Pointer<int>(axis_index);
-  params->x = x.untyped_data();
-  params->ids = Pointer<int>(ids);
-  params->needed = Pointer<unsigned char>(needed);
-  return Error::Success();
+      Take(operands, 1, "x", x.element_type(), {num_tokens, params->hidden}, &params->x));
+  return Take(operands, 2, "expert_ids", DataType::S32, {num_tokens, params->top_k}, &params->ids);
 }
 
-Error TakeRows(const Exchange& exchange, const AnyBuffer& rows, const AnyBuffer& group_sizes,
-               const AnyBuffer& row_of, const AnyBuffer& column, const ffi::RemainingRets& rest,
+// Results from `first` on.
+Error TakeRows(const Exchange& exchange, const ffi::RemainingRets& results, size_t first,
                LowLatencyDispatchParams* params) {
-  const int64_t num_slots = exchange.num_slots(), experts = params->experts;
-  const int64_t num_rows = experts * params->region;
-  JAX_DS_RETURN_IF_ERROR(CheckTokens("rows", rows, params->record, num_rows));
-  JAX_DS_RETURN_IF_ERROR(CheckBuffer("group_sizes", group_sizes, DataType::S32, {experts}));
+  const LowLatencySizes& sizes = exchange.low_latency();
+  const int64_t num_slots = exchange.num_slots(), num_rows = sizes.experts * sizes.region;
+  const int64_t num_scales = params->record.num_scales;
   JAX_DS_RETURN_IF_ERROR(
-      CheckBuffer("row_of", row_of, DataType::S32, {num_slots, params->columns}));
-  JAX_DS_RETURN_IF_ERROR(CheckBuffer("column", column, DataType::S32, {num_slots, params->top_k}));
-  params->rows = rows.untyped_data();
-  params->group_sizes = Pointer<int>(group_sizes);
-  params->row_of = Pointer<int>(row_of);
-  params->column = Pointer<int>(column);
-  if (params->record.num_scales == 0) return Error::Success();
-  JAX_DS_ASSIGN_OR_RETURN(ffi::Result<AnyBuffer> scales, rest.get<AnyBuffer>(0));
-  JAX_DS_RETURN_IF_ERROR(
-      CheckBuffer("scales", *scales, DataType::F32, {num_rows, params->record.num_scales}));
-  params->row_scales = Pointer<float>(*scales);
-  return Error::Success();
+      TakeRecords(results, first, "rows", params->record, num_rows, &params->rows));
+  JAX_DS_RETURN_IF_ERROR(Take(results, first + 1, "group_sizes", DataType::S32, {sizes.experts},
+                              &params->group_sizes));
+  JAX_DS_RETURN_IF_ERROR(Take(results, first + 2, "row_of", DataType::S32,
+                              {num_slots, params->columns}, &params->row_of));
+  JAX_DS_RETURN_IF_ERROR(Take(results, first + 3, "column", DataType::S32,
+                              {num_slots, params->top_k}, &params->column));
+  if (num_scales == 0) return Error::Success();
+  return Take(results, first + 4, "scales", DataType::F32, {num_rows, num_scales},
+              &params->row_scales);
 }
 
+// Operands: axis_index, x, expert_ids; or in_flight. Results: needed (or in_flight), and the rows.
 Error ExecuteDispatch(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
-                      AnyBuffer axis_index, AnyBuffer x, AnyBuffer ids, ffi::RemainingArgs,
-                      ffi::Result<AnyBuffer> needed, ffi::Result<AnyBuffer> rows,
-                      ffi::Result<AnyBuffer> group_sizes, ffi::Result<AnyBuffer> row_of,
-                      ffi::Result<AnyBuffer> column, ffi::RemainingRets rest) {
+                      ffi::RemainingArgs operands, ffi::RemainingRets results) {
   const Exchange& exchange = *state->exchange;
+  const int64_t num_ranks = exchange.num_ranks(), num_tokens = exchange.num_tokens();
   JAX_DS_ASSIGN_OR_RETURN(LowLatencyDispatchParams params, DispatchSizes(exchange, ordinal));
-  JAX_DS_RETURN_IF_ERROR(TakeTokens(exchange, axis_index, x, ids, *needed, &params));
-  JAX_DS_RETURN_IF_ERROR(TakeRows(exchange, *rows, *group_sizes, *row_of, *column, rest, &params));
-  return LaunchOn(exchange, ordinal, stream, params);
-}
-
-Error ExecuteDispatchStart(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
-                           AnyBuffer axis_index, AnyBuffer x, AnyBuffer ids, ffi::RemainingArgs,
-                           ffi::Result<AnyBuffer> needed, ffi::Result<AnyBuffer> in_flight) {
-  const Exchange& exchange = *state->exchange;
-  JAX_DS_ASSIGN_OR_RETURN(LowLatencyDispatchParams params, DispatchSizes(exchange, ordinal));
-  JAX_DS_RETURN_IF_ERROR(TakeTokens(exchange, axis_index, x, ids, *needed, &params));
-  JAX_DS_RETURN_IF_ERROR(CheckTicket(*in_flight));
-  params.ticket = Pointer<int>(*in_flight);
-  return LaunchOn(exchange, ordinal, stream, params);
-}
-
-Error ExecuteDispatchFinish(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
-                            AnyBuffer in_flight, ffi::RemainingArgs, ffi::Result<AnyBuffer> rows,
-                            ffi::Result<AnyBuffer> group_sizes, ffi::Result<AnyBuffer> row_of,
-                            ffi::Result<AnyBuffer> column, ffi::RemainingRets rest) {
-  const Exchange& exchange = *state->exchange;
-  JAX_DS_ASSIGN_OR_RETURN(LowLatencyDispatchParams params, DispatchSizes(exchange, ordinal));
-  JAX_DS_RETURN_IF_ERROR(TakeRows(exchange, *rows, *group_sizes, *row_of, *column, rest, &params));
-  JAX_DS_RETURN_IF_ERROR(CheckTicket(in_flight));
-  params.ticket = Pointer<int>(in_flight);
-  return LaunchOn(exchange, ordinal, stream, params);
-}
-
-// What the three calls' Execute stages have in common.
-auto BindDispatch() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::State<ExchangeState>>()
-      .Ctx<ffi::DeviceOrdinal>()
-      .Ctx<ffi::PlatformStream<cuda::Stream>>();
+  switch (exchange.low_latency().half) {
+    case Half::kWhole:
+      JAX_DS_RETURN_IF_ERROR(TakeTokens(exchange, operands, &params));
+      JAX_DS_RETURN_IF_ERROR(
+          Take(results, 0, "needed", DataType::PRED, {num_ranks, num_tokens}, &params.needed));
+      JAX_DS_RETURN_IF_ERROR(TakeRows(exchange, results, 1, &params));
+      break;
+    case Half::kStart:
+      JAX_DS_RETURN_IF_ERROR(TakeTokens(exchange, operands, &params));
+      // One result, or XLA would await the call at once.
+      JAX_DS_RETURN_IF_ERROR(
+          TakeInFlight(results, 0, kInFlightHeader + num_ranks * num_tokens, &params.ticket));
+      params.needed = reinterpret_cast<unsigned char*>(params.ticket) + kInFlightHeader;
+      break;
+    case Half::kFinish:
+      JAX_DS_RETURN_IF_ERROR(TakeInFlight(operands, 0, kInFlightHeader, &params.ticket));
+      JAX_DS_RETURN_IF_ERROR(TakeRows(exchange, results, 0, &params));
+  }
+  return LaunchExchange(exchange, ordinal, stream, params);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiateDispatch, InstantiateDispatch,
@@ -178,38 +169,6 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateDispatch, InstantiateDispatch,
                            .Attr<std::string_view>("dtype")
                            .Attr<bool>("quantize")
                            .Attr<std::string_view>("half"));
-XLA_FFI_DEFINE_HANDLER(kExecuteDispatch, ExecuteDispatch,
-                       BindDispatch()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .RemainingRets(),
-                       {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kExecuteDispatchStart, ExecuteDispatchStart,
-                       BindDispatch()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>(),
-                       {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kExecuteDispatchFinish, ExecuteDispatchFinish,
-                       BindDispatch()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .Ret<AnyBuffer>()
-                           .RemainingRets(),
-                       {ffi::Traits::kCmdBufferCompatible});
 
 // ---- combine: rows [L, region, H], weights [T, K] -> y [T, H]
 
@@ -217,105 +176,57 @@ Instantiated InstantiateCombine(ffi::Span<const int64_t> groups, int64_t num_ran
                                 int64_t num_tokens, int64_t num_sms, int64_t hidden, int64_t top_k,
                                 int64_t experts, int64_t region, std::string_view dtype,
                                 std::string_view half_name) {
-  const LowLatencySizes sizes = {num_ranks, num_tokens, top_k, experts, region, hidden};
-  JAX_DS_RETURN_IF_ERROR(CheckLowLatency(sizes));
   JAX_DS_ASSIGN_OR_RETURN(Half half, ToHalf(half_name));
-  JAX_DS_ASSIGN_OR_RETURN(jit::KernelSpec spec, LowLatencyCombineSpec(dtype, half, sizes));
+  const LowLatencySizes sizes = {num_ranks, num_tokens, top_k, experts, region, hidden, half};
+  JAX_DS_RETURN_IF_ERROR(CheckLowLatency(sizes));
+  JAX_DS_ASSIGN_OR_RETURN(jit::KernelSpec spec, LowLatencyCombineSpec(dtype, sizes));
   JAX_DS_ASSIGN_OR_RETURN(Record record, MakeRecord(hidden * ElementBytes(dtype, false), 0));
   return MakeState({Operation::kLowLatencyCombine, groups, num_ranks, channel, num_tokens, num_sms,
                     record, /*note_words=*/top_k, std::move(spec), sizes});
 }
 
-ErrorOr<CombineParams> CombineSizes(const Exchange& exchange, int32_t ordinal,
-                                    const AnyBuffer& needed) {
+// Operands from 1 on.
+Error TakeResults(const Exchange& exchange, const ffi::RemainingArgs& operands,
+                  CombineParams* params) {
+  const LowLatencySizes& sizes = exchange.low_latency();
+  const int64_t num_slots = exchange.num_slots(), num_rows = sizes.experts * sizes.region;
+  JAX_DS_RETURN_IF_ERROR(Take(operands, 1, "axis_index", DataType::S32, {}, &params->axis_index));
+  JAX_DS_RETURN_IF_ERROR(
+      Take(operands, 2, "row_of", DataType::S32, {num_slots, params->columns}, &params->row_of));
+  JAX_DS_RETURN_IF_ERROR(
+      Take(operands, 3, "column", DataType::S32, {num_slots, params->top_k}, &params->column));
+  JAX_DS_RETURN_IF_ERROR(TakeRecords(operands, 4, "rows", params->record, num_rows, &params->rows));
+  return Take(operands, 5, "weights", DataType::F32, {params->num_tokens, params->top_k},
+              &params->weights);
+}
+
+// Operands: needed; axis_index, row_of, column, rows, weights; or in_flight. Result: y or
+// in_flight.
+Error ExecuteCombine(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
+                     ffi::RemainingArgs operands, ffi::RemainingRets results) {
+  const Exchange& exchange = *state->exchange;
   const LowLatencySizes& sizes = exchange.low_latency();
   JAX_DS_ASSIGN_OR_RETURN(const comm::Link* link, exchange.link(ordinal));
-  JAX_DS_RETURN_IF_ERROR(
-      CheckBuffer("needed", needed, DataType::PRED, {exchange.num_ranks(), exchange.num_tokens()}));
   CombineParams params = {};
   params.link = *link;
-  params.needed = Pointer<unsigned char>(needed);
   params.record = exchange.record();
   params.num_tokens = Int(exchange.num_tokens());
   params.top_k = Int(sizes.top_k);
   params.columns = Int(sizes.columns());
-  return params;
-}
-
-Error TakeResults(const Exchange& exchange, const AnyBuffer& axis_index, const AnyBuffer& row_of,
-                  const AnyBuffer& column, const AnyBuffer& rows, const AnyBuffer& weights,
-                  CombineParams* params) {
-  const int64_t num_slots = exchange.num_slots();
-  const LowLatencySizes& sizes = exchange.low_latency();
-  const int64_t num_rows = sizes.experts * sizes.region;
-  JAX_DS_RETURN_IF_ERROR(CheckBuffer("axis_index", axis_index, DataType::S32, {}));
-  JAX_DS_RETURN_IF_ERROR(
-      CheckBuffer("row_of", row_of, DataType::S32, {num_slots, params->columns}));
-  JAX_DS_RETURN_IF_ERROR(CheckBuffer("column", column, DataType::S32, {num_slots, params->top_k}));
-  JAX_DS_RETURN_IF_ERROR(CheckTokens("rows", rows, params->record, num_rows));
-  JAX_DS_RETURN_IF_ERROR(
-      CheckBuffer("weights", weights, DataType::F32, {params->num_tokens, params->top_k}));
-  params->axis_index = Pointer<int>(axis_index);
-  params->row_of = Pointer<int>(row_of);
-  params->column = Pointer<int>(column);
-  params->rows = rows.untyped_data();
-  params->weights = Pointer<float>(weights);
-  return Error::Success();
-}
-
-Error ExecuteCombine(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
-                     AnyBuffer axis_index, AnyBuffer needed, AnyBuffer row_of, AnyBuffer column,
-                     AnyBuffer rows, AnyBuffer weights, ffi::RemainingArgs,
-                     ffi::Result<AnyBuffer> y) {
-  const Exchange& exchange = *state->exchange;
-  JAX_DS_ASSIGN_OR_RETURN(CombineParams params, CombineSizes(exchange, ordinal, needed));
-  JAX_DS_RETURN_IF_ERROR(TakeResults(exchange, axis_index, row_of, column, rows, weights, &params));
-  JAX_DS_RETURN_IF_ERROR(CheckTokens("y", *y, params.record, params.num_tokens));
-  params.y = y->untyped_data();
-  return LaunchOn(exchange, ordinal, stream, params);
-}
-
-Error ExecuteCombineStart(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
-                          AnyBuffer axis_index, AnyBuffer needed, AnyBuffer row_of,
-                          AnyBuffer column, AnyBuffer rows, AnyBuffer weights, ffi::RemainingArgs,
-                          ffi::Result<AnyBuffer> in_flight) {
-  const Exchange& exchange = *state->exchange;
-  JAX_DS_ASSIGN_OR_RETURN(CombineParams params, CombineSizes(exchange, ordinal, needed));
-  JAX_DS_RETURN_IF_ERROR(TakeResults(exchange, axis_index, row_of, column, rows, weights, &params));
-  JAX_DS_RETURN_IF_ERROR(CheckTicket(*in_flight));
-  params.ticket = Pointer<int>(*in_flight);
-  return LaunchOn(exchange, ordinal, stream, params);
-}
-
-Error ExecuteCombineFinish(ExchangeState* state, int32_t ordinal, cuda::Stream stream,
-                           AnyBuffer needed, AnyBuffer in_flight, ffi::RemainingArgs,
-                           ffi::Result<AnyBuffer> y) {
-  const Exchange& exchange = *state->exchange;
-  JAX_DS_ASSIGN_OR_RETURN(CombineParams params, CombineSizes(exchange, ordinal, needed));
-  JAX_DS_RETURN_IF_ERROR(CheckTicket(in_flight));
-  JAX_DS_RETURN_IF_ERROR(CheckTokens("y", *y, params.record, params.num_tokens));
-  params.ticket = Pointer<int>(in_flight);
-  params.y = y->untyped_data();
-  return LaunchOn(exchange, ordinal, stream, params);
-}
-
-auto BindCombine() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::State<ExchangeState>>()
-      .Ctx<ffi::DeviceOrdinal>()
-      .Ctx<ffi::PlatformStream<cuda::Stream>>();
-}
-
-auto BindCombineWithRows() {
-  return BindCombine()
-      .Arg<AnyBuffer>()
-      .Arg<AnyBuffer>()
-      .Arg<AnyBuffer>()
-      .Arg<AnyBuffer>()
-      .Arg<AnyBuffer>()
-      .Arg<AnyBuffer>()
-      .RemainingArgs()
-      .Ret<AnyBuffer>();
+  JAX_DS_RETURN_IF_ERROR(Take(operands, 0, "needed", DataType::PRED,
+                              {exchange.num_ranks(), params.num_tokens}, &params.needed));
+  if (sizes.half == Half::kFinish) {
+    JAX_DS_RETURN_IF_ERROR(TakeInFlight(operands, 1, kInFlightHeader, &params.ticket));
+  } else {
+    JAX_DS_RETURN_IF_ERROR(TakeResults(exchange, operands, &params));
+  }
+  if (sizes.half == Half::kStart) {
+    JAX_DS_RETURN_IF_ERROR(TakeInFlight(results, 0, kInFlightHeader, &params.ticket));
+  } else {
+    JAX_DS_RETURN_IF_ERROR(
+        TakeRecords(results, 0, "y", params.record, params.num_tokens, &params.y));
+  }
+  return LaunchExchange(exchange, ordinal, stream, params);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiateCombine, InstantiateCombine,
@@ -331,31 +242,22 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateCombine, InstantiateCombine,
                            .Attr<int64_t>("region")
                            .Attr<std::string_view>("dtype")
                            .Attr<std::string_view>("half"));
-XLA_FFI_DEFINE_HANDLER(kExecuteCombine, ExecuteCombine, BindCombineWithRows(),
-                       {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kExecuteCombineStart, ExecuteCombineStart, BindCombineWithRows(),
-                       {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(
-    kExecuteCombineFinish, ExecuteCombineFinish,
-    BindCombine().Arg<AnyBuffer>().Arg<AnyBuffer>().RemainingArgs().Ret<AnyBuffer>(),
-    {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
 std::vector<Target> LowLatencyTargets() {
-  const auto target = [](const char* name, XLA_FFI_Handler* instantiate, XLA_FFI_Handler* execute) {
-    return Target{name, instantiate, kPrepare, kInitialize, execute};
-  };
-  return {
-      target("jax_ds_deep_ep_low_latency_dispatch", kInstantiateDispatch, kExecuteDispatch),
-      target("jax_ds_deep_ep_low_latency_dispatch_start", kInstantiateDispatch,
-             kExecuteDispatchStart),
-      target("jax_ds_deep_ep_low_latency_dispatch_finish", kInstantiateDispatch,
-             kExecuteDispatchFinish),
-      target("jax_ds_deep_ep_low_latency_combine", kInstantiateCombine, kExecuteCombine),
-      target("jax_ds_deep_ep_low_latency_combine_start", kInstantiateCombine, kExecuteCombineStart),
-      target("jax_ds_deep_ep_low_latency_combine_finish", kInstantiateCombine,
-             kExecuteCombineFinish)};
+  std::vector<Target> targets;
+  for (const char* name :
+       {"jax_ds_deep_ep_low_latency_dispatch", "jax_ds_deep_ep_low_latency_dispatch_start",
+        "jax_ds_deep_ep_low_latency_dispatch_finish"}) {
+    targets.push_back(ExchangeTarget<ExecuteDispatch>(name, kInstantiateDispatch));
+  }
+  for (const char* name :
+       {"jax_ds_deep_ep_low_latency_combine", "jax_ds_deep_ep_low_latency_combine_start",
+        "jax_ds_deep_ep_low_latency_combine_finish"}) {
+    targets.push_back(ExchangeTarget<ExecuteCombine>(name, kInstantiateCombine));
+  }
+  return targets;
 }
 
 }  // namespace jax_ds::deep_ep

@@ -111,8 +111,9 @@ Error CheckLowLatency(const LowLatencySizes& sizes) {
   return Error::Success();
 }
 
-ErrorOr<jit::KernelSpec> LowLatencyDispatchSpec(std::string_view dtype, bool quantize, Half half,
+ErrorOr<jit::KernelSpec> LowLatencyDispatchSpec(std::string_view dtype, bool quantize,
                                                 const LowLatencySizes& sizes) {
+  const Half half = sizes.half;
   bool bfloat16 = true;  // what finishes is given the dtype of the rows, which may be FP8
   if (half != Half::kFinish) {
     JAX_DS_ASSIGN_OR_RETURN(bfloat16, IsBfloat16(dtype));
@@ -122,11 +123,11 @@ ErrorOr<jit::KernelSpec> LowLatencyDispatchSpec(std::string_view dtype, bool qua
   return spec;
 }
 
-ErrorOr<jit::KernelSpec> LowLatencyCombineSpec(std::string_view dtype, Half half,
+ErrorOr<jit::KernelSpec> LowLatencyCombineSpec(std::string_view dtype,
                                                const LowLatencySizes& sizes) {
   JAX_DS_ASSIGN_OR_RETURN(bool bfloat16, IsBfloat16(dtype));
-  jit::KernelSpec spec = LowLatencyCombineSpec(bfloat16, half);
-  if (half != Half::kFinish) spec.shared_bytes = SetsBytes(1, sizes);
+  jit::KernelSpec spec = LowLatencyCombineSpec(bfloat16, sizes.half);
+  if (sizes.half != Half::kFinish) spec.shared_bytes = SetsBytes(1, sizes);
   return spec;
 }
 

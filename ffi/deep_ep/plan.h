@@ -40,6 +40,7 @@ struct LowLatencySizes {
   int64_t experts;  // of a rank
   int64_t region;   // rows of an expert
   int64_t hidden;
+  Half half = Half::kWhole;
 
   int64_t columns() const { return top_k < experts ? top_k : experts; }
 };
@@ -48,9 +49,9 @@ struct LowLatencySizes {
 Error CheckLowLatency(const LowLatencySizes& sizes);
 
 // `dtype`: "bfloat16" or "float32", of the tokens that are sent.
-ErrorOr<jit::KernelSpec> LowLatencyDispatchSpec(std::string_view dtype, bool quantize, Half half,
+ErrorOr<jit::KernelSpec> LowLatencyDispatchSpec(std::string_view dtype, bool quantize,
                                                 const LowLatencySizes& sizes);
-ErrorOr<jit::KernelSpec> LowLatencyCombineSpec(std::string_view dtype, Half half,
+ErrorOr<jit::KernelSpec> LowLatencyCombineSpec(std::string_view dtype,
                                                const LowLatencySizes& sizes);
 
 // Every kernel the functions above can name.

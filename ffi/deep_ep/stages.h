@@ -5,7 +5,19 @@
 #include <utility>
 
 #include "deep_ep/exchange.h"
+#include "jit/launch.h"
 #include "support/room.h"
+#include "support/shape.h"
+#include "support/stages.h"
+
+namespace jax_ds {
+
+template <>
+struct StageContext<comm::CommunicatorContext> {
+  using Type = xla::ffi::Extension<comm::Collectives>;
+};
+
+}  // namespace jax_ds
 
 namespace jax_ds::deep_ep {
 
@@ -30,18 +42,30 @@ inline Error InitializeExchange(ExchangeState* state, int32_t ordinal,
   return state->exchange->Initialize(ordinal, context);
 }
 
-XLA_FFI_DEFINE_HANDLER(kPrepare, PrepareExchange,
-                       xla::ffi::Ffi::BindPrepare()
-                           .Ctx<xla::ffi::State<ExchangeState>>()
-                           .Ctx<xla::ffi::Extension<comm::Collectives>>());
-XLA_FFI_DEFINE_HANDLER(kInitialize, InitializeExchange,
-                       xla::ffi::Ffi::BindInitialize()
-                           .Ctx<xla::ffi::State<ExchangeState>>()
-                           .Ctx<xla::ffi::DeviceOrdinal>()
-                           .Ctx<xla::ffi::Extension<comm::Collectives>>());
+template <auto execute>
+Target ExchangeTarget(const char* name, XLA_FFI_Handler* instantiate) {
+  return {name, instantiate, PrepareStage<PrepareExchange>, InitializeStage<InitializeExchange>,
+          ExecuteStage<execute>};
+}
 
-// `name` must hold `count` tokens of the record's payload.
-Error CheckTokens(const char* name, const xla::ffi::AnyBuffer& buffer, const Record& record,
-                  int64_t count);
+inline int Int(int64_t value) { return static_cast<int>(value); }
+
+template <typename T>
+T* Pointer(const AnyBuffer& buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+
+inline int64_t PayloadBytes(const Record& record) { return record.vectors * int64_t{16}; }
+
+// `name` must hold `count` tokens of the record's payload, and `more` bytes.
+Error CheckTokens(const char* name, const AnyBuffer& buffer, const Record& record, int64_t count,
+                  int64_t more = 0);
+
+template <typename Params>
+Error LaunchExchange(const Exchange& exchange, int32_t ordinal, cuda::Stream stream,
+                     const Params& params) {
+  return jit::Launch(exchange.kernel(), ordinal, stream, {{exchange.grid()}, {kThreads}, {}},
+                     params);
+}
 
 }  // namespace jax_ds::deep_ep

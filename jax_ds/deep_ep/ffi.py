@@ -4,6 +4,7 @@ The kernels serve the devices of one mesh axis, which can address each other's m
 (node, gpu) those of the GPU axis, after XLA's collectives have crossed the node axis.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,12 +75,14 @@ def combine(
     Without weights every row counts once.
     """
     needed = plan.route.needed
-    outputs = [jax.ShapeDtypeStruct((needed.shape[1], rows.shape[1]), rows.dtype)]
-    if weights is not None:
-        outputs.append(jax.ShapeDtypeStruct(plan.row_of.shape, jnp.float32))
-    y, *by_column = exchange(
+    shape = needed.shape[1], rows.shape[1]
+    # One result where there are two, y and behind it the weights: XLA awaits a call of two at once.
+    words = jnp.uint16 if rows.dtype.itemsize == 2 else jnp.uint32
+    width = 4 // rows.dtype.itemsize
+    size = math.prod(shape), 0 if weights is None else plan.row_of.size * width
+    (made,) = exchange(
         "combine",
-        outputs,
+        [jax.ShapeDtypeStruct((sum(size),), words)],
         axis_index(plan.sizes),
         needed,
         plan.row_of,
@@ -92,8 +95,12 @@ def combine(
             "top_k": plan.sizes.top_k,
         },
     )
+    y = jax.lax.bitcast_convert_type(made[: size[0]].reshape(shape), rows.dtype)
     result: Array = plan.route.settle(y)[: plan.sizes.num_tokens].astype(rows.dtype)
-    return result, by_column[0] if by_column else None
+    if weights is None:
+        return result, None
+    by_column = made[size[0] :].reshape(*plan.row_of.shape, *([width] if width > 1 else []))
+    return result, jax.lax.bitcast_convert_type(by_column, jnp.float32)
 
 
 def unsupported(sizes: PlanSizes, x: Any, num_sms: int | None) -> str | None:

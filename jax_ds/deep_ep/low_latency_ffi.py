@@ -1,15 +1,17 @@
 """The custom calls of low-latency dispatch and combine: whole, and in two halves.
 
 A first half returns an array like the portable implementation's messages, so that both have one
-type; the kernel writes its first word only, which tells the second half where the messages are.
+type; the kernel writes no more than its beginning, which tells the second half where the messages
+are, and after a dispatch which ranks need them.
 `after` are operands that no kernel reads: XLA computes them before the call.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jax_ds._runtime.varying import to_varying, varying_axes
 from jax_ds.deep_ep import placement
@@ -22,6 +24,8 @@ from jax_ds.quantization import Quantized
 # The low-latency kernels keep sets of slots in shared memory, and lists of them in 16 bits.
 MAX_LISTED_SLOTS = 1 << 16
 _MAX_SHARED = 231000
+# Bytes of what is in flight before `needed`.
+_IN_FLIGHT_HEADER = 16
 
 
 def dispatch(
@@ -55,9 +59,10 @@ def dispatch_start(
 ) -> tuple[Array, FlatRoute]:
     """What tells the second half where the tokens are, as an array like `in_flight`; the route."""
     x = at_least_one(x)
-    needed, flight = exchange(
+    # One result, or XLA would await the call at once.
+    (flight,) = exchange(
         "low_latency_dispatch_start",
-        [_needed(ids, sizes), in_flight],
+        [in_flight],
         axis_index(sizes),
         x,
         ids,
@@ -67,7 +72,7 @@ def dispatch_start(
             "quantize": quantize,
         },
     )
-    return flight, FlatRoute(needed, sizes.axis_name)
+    return flight, FlatRoute(_needed_in(flight, ids.shape[0], sizes), sizes.axis_name)
 
 
 def dispatch_finish(
@@ -91,7 +96,10 @@ def dispatch_finish(
             "quantize": quantize,
         },
     )
-    plan = _plan(route.needed, group_sizes, row_of, column, sizes)
+    # Read anew, behind this call: read before, XLA would await the first half for it.
+    in_flight, group_sizes = jax.lax.optimization_barrier((in_flight, group_sizes))
+    needed = _needed_in(in_flight, ids.shape[0], sizes)
+    plan = _plan(needed, group_sizes, row_of, column, sizes)
     return Quantized(rows, *scales) if scales else rows, plan
 
 
@@ -154,6 +162,13 @@ def _needed(ids: Any, sizes: PlanSizes) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((sizes.num_ranks, ids.shape[0]), jnp.bool_)
 
 
+def _needed_in(in_flight: Array, num_tokens: int, sizes: PlanSizes) -> Bool[Array, "R T"]:
+    """What the first half of a dispatch has left behind its ticket."""
+    shape = sizes.num_ranks, num_tokens
+    left = in_flight.reshape(-1)[_IN_FLIGHT_HEADER : _IN_FLIGHT_HEADER + math.prod(shape)]
+    return left.reshape(shape) != 0
+
+
 def _rows(
     ids: Any, hidden: int, dtype: Any, sizes: PlanSizes, quantize: bool
 ) -> list[jax.ShapeDtypeStruct]:
@@ -203,8 +218,8 @@ def _combine_rows(
     (result,) = exchange(
         target,
         [output],
-        axis_index(plan.sizes),
         needed,
+        axis_index(plan.sizes),
         plan.row_of,
         plan.column,
         rows,

@@ -73,13 +73,15 @@ def test_groups_are_those_of_collectives(
 def _lowered(implementation: str | None = None, **changes: Any) -> str:
     """A dispatch of FP8 and a combine, lowered for CUDA on a mesh with a data axis."""
     mesh = _mesh((2, 4), ("data", "ep"))
-    sizes = {"tokens": T, "hidden": H, "num_sms": None, "dtype": jnp.bfloat16, **changes}
+    sizes = {"tokens": T, "hidden": H, "num_sms": None, "dtype": jnp.bfloat16, "weighted": False}
+    sizes |= changes
 
     def per_device(ids: Array, x: Array) -> Any:
         plan = deep_ep.plan_dispatch(ids, num_experts=E, axis_name="ep", channel=3)
         sms = {"num_sms": sizes["num_sms"], "implementation": implementation}
         quantized = deep_ep.dispatch(quantize_1x128(x), plan, **sms)
-        y = deep_ep.combine(deep_ep.dispatch(x, plan, **sms), plan, None, **sms)
+        weights = jnp.ones(ids.shape) if sizes["weighted"] else None
+        y = deep_ep.combine(deep_ep.dispatch(x, plan, **sms), plan, weights, **sms)
         return quantized, y
 
     spec = P(("data", "ep"))
@@ -105,6 +107,16 @@ def test_attributes() -> None:
     assert found == sorted(str(dict(sorted(c.items()))) for c in (fp8, dispatch, combine))
     assert text.count("groups = dense<[0, 1, 2, 3, 4, 5, 6, 7]>") == 3
     assert text.count('_xla_stream_annotation = "collective"') >= 3
+
+
+@pytest.mark.parametrize(("dtype", "word"), [(jnp.bfloat16, 2), (jnp.float32, 4)])
+def test_combine_has_one_result(dtype: Any, word: int) -> None:
+    """Sums, and behind them the weights of the rows: XLA awaits a call of two results at once."""
+    text = _lowered(weighted=True, dtype=dtype)
+    (call,) = (line for line in text.splitlines() if "custom_call @jax_ds_deep_ep_combine" in line)
+    columns = min(K, E // 4)
+    size = T * H + 4 * T * columns * 4 // word
+    assert call.rstrip().endswith(f"-> tensor<{size}xui{8 * word}>")
 
 
 def test_no_tokens_still_take_part() -> None:

@@ -116,9 +116,11 @@ void Specs() {
   CHECK(*ep::CombineSpec("bfloat16") == ep::AllKernels()[1]);
   CHECK(*ep::CombineSpec("float32") == ep::AllKernels()[2]);
   CHECK(ep::CombineSpec("float16").has_error());
-  const ep::LowLatencySizes sizes = {8, 128, 8, 32, 1024, 7168};
+  const auto sizes = [](ep::Half half) {
+    return ep::LowLatencySizes{8, 128, 8, 32, 1024, 7168, half};
+  };
   const auto dispatch = [&](const char* dtype, bool quantize, ep::Half half) {
-    return ep::LowLatencyDispatchSpec(dtype, quantize, half, sizes);
+    return ep::LowLatencyDispatchSpec(dtype, quantize, sizes(half));
   };
   // What receives only moves bytes; what sends has no sets of slots.
   CHECK(*dispatch("float32", false, ep::Half::kFinish) ==
@@ -128,9 +130,9 @@ void Specs() {
   CHECK_EQ(dispatch("bfloat16", true, ep::Half::kStart)->shared_bytes, 0);
   CHECK_EQ(dispatch("bfloat16", true, ep::Half::kWhole)->shared_bytes,
            ep::slot_sets_bytes(33, 1024));
-  CHECK_EQ(ep::LowLatencyCombineSpec("bfloat16", ep::Half::kWhole, sizes)->shared_bytes,
+  CHECK_EQ(ep::LowLatencyCombineSpec("bfloat16", sizes(ep::Half::kWhole))->shared_bytes,
            ep::slot_sets_bytes(1, 1024));
-  CHECK_EQ(ep::LowLatencyCombineSpec("bfloat16", ep::Half::kFinish, sizes)->shared_bytes, 0);
+  CHECK_EQ(ep::LowLatencyCombineSpec("bfloat16", sizes(ep::Half::kFinish))->shared_bytes, 0);
   CHECK(dispatch("float16", true, ep::Half::kWhole).has_error());
 }
 

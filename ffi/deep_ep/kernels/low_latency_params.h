@@ -9,6 +9,9 @@ namespace jax_ds::deep_ep {
 // A call, or its first or second half.
 enum class Half : int { kWhole, kStart, kFinish };
 
+// What a first half hands on is the ticket, then from this byte on what dispatch's `needed` holds.
+constexpr int kInFlightHeader = 16;
+
 // rows[e, i] = x[i-th token that names expert e]
 struct LowLatencyDispatchParams {
   comm::Link link;
