@@ -7,6 +7,15 @@ import os
 os.environ.setdefault("NPROC", "32")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def ranks(request: pytest.FixtureRequest) -> int:
+    """Ranks along "ep", for tests with one process for each rank; skips elsewhere."""
+    from tests.deep_ep import ranks
+
+    return ranks.join(request.session.items)

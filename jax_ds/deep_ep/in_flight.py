@@ -1,6 +1,7 @@
 """What the first half of a low-latency call hands to the second, and how many can be under way."""
 
 import dataclasses
+import threading
 import weakref
 from typing import Any, ClassVar
 
@@ -48,6 +49,7 @@ class UnderWay:
     """
 
     _all: ClassVar[weakref.WeakKeyDictionary[Any, tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+    _lock: ClassVar[threading.Lock] = threading.Lock()  # programs may be traced in several threads
 
     def __init__(self, operation: str, sizes: PlanSizes) -> None:
         self.key = (operation, sizes.axis_name, sizes.channel)
@@ -55,7 +57,9 @@ class UnderWay:
     def check(self) -> None:
         """Raises a ValueError unless a slot is free."""
         here = (get_opaque_trace_state(), *self.key)
-        if sum(other == here for other in self._all.values()) < SLOTS:
+        with self._lock:
+            count = sum(other == here for other in self._all.values())
+        if count < SLOTS:
             return
         operation, _, channel = self.key
         raise ValueError(
@@ -64,7 +68,9 @@ class UnderWay:
         )
 
     def add(self, in_flight: Any) -> None:
-        self._all[in_flight] = (get_opaque_trace_state(), *self.key)
+        with self._lock:
+            self._all[in_flight] = (get_opaque_trace_state(), *self.key)
 
     def remove(self, in_flight: Any) -> None:
-        self._all.pop(in_flight, None)
+        with self._lock:
+            self._all.pop(in_flight, None)

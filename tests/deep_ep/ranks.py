@@ -3,12 +3,18 @@
 Every rank makes its own operands from a key; what differs between the implementations is counted
 on the devices and summed over all ranks. The mesh is ("node", "ep"), one node unless NODES says
 otherwise.
+
+Nearly all the time goes into compiling. So a test says by `@compiles(programs_of)` which programs
+it runs, and from the start on they are compiled several at a time, in the order of the tests, by
+the first rank, which hands them to the others.
 """
 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from inspect import signature
 from typing import Any
 
 import jax
@@ -28,20 +34,46 @@ Array = jax.Array
 AXES = ("node", "ep")
 
 
-def group_size() -> int:
-    """Ranks along "ep"; joins the other ranks on the first call."""
-    if not multirank.started_here():
-        pytest.skip("run by make gpu-test-multirank")
-    return _join() // nodes()
-
-
-@functools.cache
-def _join() -> int:
-    return multirank.join()[1]
+# Programs that are compiled at a time.
+THREADS = max(2, min(12, (os.cpu_count() or 2) // 2))
 
 
 def nodes() -> int:
     return int(os.environ.get("JAX_DS_TEST_NODES", "1"))
+
+
+def group_size() -> int:
+    """Ranks along "ep"."""
+    return jax.device_count() // nodes()
+
+
+def compiles(programs_of: Callable[..., Any]) -> pytest.MarkDecorator:
+    """Marks a test that runs the Program, or several, that `programs_of` makes.
+
+    It takes those of the test's parameters that it names, and skips where the test does.
+    """
+    return pytest.mark.compiles.with_args(programs_of)
+
+
+def join(tests: Iterable[pytest.Item]) -> int:
+    """Joins the other ranks and starts to compile what the tests run; ranks along "ep"."""
+    if not multirank.started_here():
+        pytest.skip("run by make gpu-test-multirank")
+    multirank.join()
+    # One thread traces, in order: several would all be done at the end.
+    tracer = ThreadPoolExecutor(1)
+    compiler = ThreadPoolExecutor(THREADS)
+    for test in tests:
+        for marker in test.iter_markers("compiles"):
+            programs_of = marker.args[0]
+            given = test.callspec.params if hasattr(test, "callspec") else {}
+            try:  # by position, as tests do, or a cached function would make another program
+                made = programs_of(*(given[name] for name in signature(programs_of).parameters))
+            except pytest.skip.Exception:
+                continue
+            for program in [made] if isinstance(made, Program) else made:
+                program.compile_in(tracer, compiler)
+    return group_size()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +118,7 @@ def expert_ids(sizes: Sizes, key: Array, routing: Array) -> Array:
     shape, num_experts = (sizes.tokens, sizes.top_k), sizes.num_experts
     rank = jax.lax.axis_index(sizes.axes)
     draws = jax.random.randint(key, shape, 0, num_experts)
-    one = jnp.where(jnp.arange(sizes.top_k)[None] == 1, num_experts // 2, -1)
+    one = jnp.where(jnp.arange(sizes.top_k)[None] == sizes.top_k // 2, num_experts // 2, -1)
     kinds = [
         draws,
         jnp.broadcast_to(one, shape),
@@ -94,28 +126,52 @@ def expert_ids(sizes: Sizes, key: Array, routing: Array) -> Array:
         jnp.full(shape, -1),
         jnp.where(jnp.arange(sizes.tokens)[:, None] % 5 <= rank % 4, draws, -1),
         jnp.broadcast_to(draws[:, :1], shape),
-        draws * 2 - num_experts // 2,
+        jnp.where(jnp.arange(sizes.tokens)[:, None] > 0, draws * 2 - num_experts // 2, draws),
     ]
     return jnp.stack(kinds)[routing].astype(jnp.int32)
 
 
-def on_ranks(
-    function: Callable[..., Any], compiler_options: dict[str, Any] | None = None
-) -> Callable[..., Any]:
-    """`function` of replicated arguments on every rank, jitted; results are summed over ranks."""
-    shape = (nodes(), jax.device_count() // nodes())
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
+class Program:
+    """`function` of replicated arguments on every rank; results are summed over ranks.
 
-    def per_rank(*args: Any) -> Any:
-        args = jax.tree.map(lambda a: jax.lax.pcast(a, AXES, to="varying"), args)
-        results = to_varying(function(*args), AXES)  # without tokens they may be constants
-        return jax.tree.map(lambda a: jax.lax.psum(a, AXES), results)
+    Args:
+      function: of per-device arrays.
+      like: the arguments' shapes and dtypes; else a key.
+      compiler_options: of XLA.
+    """
 
-    mapped = jax.jit(
-        jax.shard_map(per_rank, mesh=mesh, in_specs=P(), out_specs=P()),
-        compiler_options=compiler_options,
-    )
-    return lambda *args: jax.tree.map(np.asarray, mapped(*args))
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *like: Any,
+        compiler_options: dict[str, Any] | None = None,
+    ) -> None:
+        self._like = like or (jax.random.key(0),)
+        self._traced: Future[Future[Any]] | None = None
+        shape = (nodes(), jax.device_count() // nodes())
+        mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
+
+        def per_rank(*args: Any) -> Any:
+            args = jax.tree.map(lambda a: jax.lax.pcast(a, AXES, to="varying"), args)
+            results = to_varying(function(*args), AXES)  # without tokens they may be constants
+            return jax.tree.map(lambda a: jax.lax.psum(a, AXES), results)
+
+        self._jitted = jax.jit(
+            jax.shard_map(per_rank, mesh=mesh, in_specs=P(), out_specs=P()),
+            compiler_options=compiler_options,
+        )
+
+    def compile_in(self, tracer: Executor, compiler: Executor) -> None:
+        """Ahead of the first call, unless it is under way already."""
+        if self._traced is None:
+            self._traced = tracer.submit(
+                lambda: compiler.submit(self._jitted.lower(*self._like).compile)
+            )
+
+    def __call__(self, *args: Any) -> Any:
+        assert self._traced or not multirank.started_here(), "not named by @compiles"
+        run = self._jitted if self._traced is None else self._traced.result().result()
+        return jax.tree.map(np.asarray, run(*args))
 
 
 def mine(key: Array) -> Array:
@@ -187,8 +243,13 @@ def digest(a: Array) -> Array:
     return jnp.sum((bits + place) * (2 * place + 1), dtype=jnp.uint32)
 
 
+def key_and_routing(seed: int = 0, routing: str = ROUTINGS[0]) -> tuple[Array, Array]:
+    """Arguments of the programs that compare."""
+    return jax.random.key(seed), jnp.asarray(ROUTINGS.index(routing), jnp.int32)
+
+
 @functools.cache
-def compare(sizes: Sizes) -> Callable[..., Any]:
+def compare(sizes: Sizes) -> Program:
     """A program: how many elements of each result differ, and digests of what the kernels made."""
     tolerance = 1e-5 if sizes.dtype == "float32" else 2e-2
 
@@ -202,12 +263,12 @@ def compare(sizes: Sizes) -> Callable[..., Any]:
         live = jnp.sum(jnp.any(want["values"].astype(jnp.float32) != 0, axis=1))
         return {"wrong": wrong, "digests": jax.tree.map(digest, got), "live": live}
 
-    return on_ranks(run)
+    return Program(run, *key_and_routing())
 
 
 def check(sizes: Sizes, seed: int, routing: str) -> None:
     """The kernels equal the portable implementation, and themselves in a second run."""
-    given = jax.random.key(seed), jnp.asarray(ROUTINGS.index(routing))
+    given = key_and_routing(seed, routing)
     result, again = compare(sizes)(*given), compare(sizes)(*given)
     assert not any(result["wrong"].values()), (routing, result["wrong"])
     assert result["digests"] == again["digests"], routing

@@ -3,6 +3,7 @@
 `make gpu-test-multirank NODES=2` starts the processes.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,15 +14,16 @@ from jax_ds import deep_ep
 from tests.deep_ep.ranks import (
     AXES,
     ROUTINGS,
+    Program,
     Sizes,
     check,
+    compare,
+    compiles,
     different,
     expert_ids,
     far,
-    group_size,
     mine,
     nodes,
-    on_ranks,
 )
 
 pytestmark = pytest.mark.multigpu
@@ -47,22 +49,31 @@ SIZES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> int:
-    ranks = group_size()
+@pytest.fixture(autouse=True)
+def several_nodes(ranks: int) -> None:
+    _need_nodes()
+
+
+def _need_nodes() -> None:
     if nodes() == 1:
         pytest.skip("needs NODES=2 or more")
-    return ranks
 
 
+def _compare(name: str) -> Program:
+    _need_nodes()
+    return compare(SIZES[name])
+
+
+@compiles(_compare)
 @pytest.mark.parametrize("name", SIZES)
 def test_equals_the_portable_implementation(name: str) -> None:
     for seed, routing in enumerate(ROUTINGS):
         check(SIZES[name], seed, routing)
 
 
-def test_one_axis_and_two_give_the_same_rows() -> None:
-    """A mesh's shape is no part of the result: one group on a node, alone or as the GPU axis."""
+@functools.cache
+def _one_axis_and_two() -> Program:
+    _need_nodes()
     two = Sizes(tokens=50, hidden=256, axes=AXES)
 
     def run(key: Array) -> dict[str, Array]:
@@ -86,11 +97,18 @@ def test_one_axis_and_two_give_the_same_rows() -> None:
             results.append((rows, deep_ep.combine(rows, plan, None, implementation="cuda")))
         return {"wrong": sum(different(a, b) for a, b in zip(*results, strict=True))}
 
-    assert on_ranks(run)(jax.random.key(5))["wrong"] == 0
+    return Program(run)
 
 
-def test_many_rounds() -> None:
-    """Random routings; the crossing and the kernels take turns on one stream."""
+@compiles(_one_axis_and_two)
+def test_one_axis_and_two_give_the_same_rows() -> None:
+    """A mesh's shape is no part of the result: one group on a node, alone or as the GPU axis."""
+    assert _one_axis_and_two()(jax.random.key(5))["wrong"] == 0
+
+
+@functools.cache
+def _many_rounds() -> Program:
+    _need_nodes()
     sizes = Sizes(tokens=64, hidden=512, top_k=3, axes=AXES, node_capacity=40, num_sms=4)
 
     def run(key: Array) -> dict[str, Array]:
@@ -111,7 +129,13 @@ def test_many_rounds() -> None:
         wrong, _ = jax.lax.scan(step, start, jax.random.split(key, 200))
         return {"wrong": wrong}
 
-    assert on_ranks(run)(jax.random.key(11))["wrong"] == 0
+    return Program(run)
+
+
+@compiles(_many_rounds)
+def test_many_rounds() -> None:
+    """Random routings; the crossing and the kernels take turns on one stream."""
+    assert _many_rounds()(jax.random.key(11))["wrong"] == 0
 
 
 def test_nothing_was_reported() -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_ds import deep_ep
-from tests.deep_ep.ranks import ROUTINGS, Sizes, check, different, expert_ids, mine, on_ranks
+from tests.deep_ep.ranks import ROUTINGS, Program, Sizes, check, different, expert_ids, mine
 from tests.gpu import multirank
 
 pytestmark = pytest.mark.multigpu
@@ -40,7 +40,7 @@ def test_equals_the_portable_implementation(name: str) -> None:
 def test_windows_of_several_programs_and_channels() -> None:
     """Every device's thread registers its windows; later programs find them or make others."""
 
-    def program(channel: int, tokens: int) -> object:
+    def program(channel: int, tokens: int) -> Program:
         sizes = Sizes(tokens=tokens)
 
         def run(key: Array) -> dict[str, Array]:
@@ -53,12 +53,12 @@ def test_windows_of_several_programs_and_channels() -> None:
             rows = [deep_ep.dispatch(x, plan, implementation=i) for i in ("cuda", "xla")]
             return {"wrong": different(*rows)}
 
-        return on_ranks(run)
+        return Program(run)
 
     programs = [program(channel, tokens) for channel in (0, 1) for tokens in (64, 4096)]
     for seed in range(6):
         for run in programs:
-            assert run(jax.random.key(seed))["wrong"] == 0  # type: ignore[operator]
+            assert run(jax.random.key(seed))["wrong"] == 0
 
 
 def test_nothing_was_reported() -> None:

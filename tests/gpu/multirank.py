@@ -26,10 +26,11 @@ from jax_ds._core import processes
 from tests.gpu.record import ROOT
 
 _TESTS = [
-    "tests/moe/test_multirank.py",
-    "tests/deep_ep/test_multinode.py",
     "tests/deep_ep/test_multirank_low_latency.py",
-    "tests/deep_ep/test_multirank.py",  # the last: its last test ends the use of the GPU
+    "tests/deep_ep/test_multirank.py",
+    "tests/deep_ep/test_multinode.py",
+    "tests/moe/test_multirank.py",  # takes longest to compile, meanwhile the others run
+    "tests/deep_ep/test_stopped_rank.py",  # the last: it ends the use of the GPU
     "-q",
     "-m",
     "multigpu",
@@ -49,6 +50,8 @@ def join() -> tuple[int, int]:
     # The first rank compiles a program and hands it to the others, by way of the cache.
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_DS_TEST_CACHE"])
     jax.config.update("jax_share_binary_between_hosts", True)
+    # Where the first fails, the others are to say so in time.
+    jax.config.update("jax_share_binary_between_hosts_timeout_ms", 120_000)
     jax.distributed.initialize(address, ranks, rank, local_device_ids=[0])
     return rank, ranks
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_ds.moe import MoEParams, moe_layer
-from tests.deep_ep.ranks import AXES, group_size, mine, nodes, on_ranks
+from tests.deep_ep.ranks import AXES, Program, compiles, mine, nodes
 
 pytestmark = pytest.mark.multigpu
 
@@ -38,14 +38,9 @@ def _params(key: Array, experts: int, everywhere: Array) -> MoEParams:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ranks() -> int:
-    return group_size()
-
-
-@pytest.mark.parametrize("precision", ["fp8", "bf16"])
-def test_kernels_agree_with_the_portable_layer(precision: str) -> None:
-    """Over one axis, or with several nodes over two."""
+@functools.cache
+def _compare(precision: str) -> Program:
+    """Values and gradients: squares of the differences and of the portable layer's."""
     axis_name = "ep" if nodes() == 1 else AXES
 
     def run(key: Array) -> Any:
@@ -80,7 +75,14 @@ def test_kernels_agree_with_the_portable_layer(precision: str) -> None:
             portable,
         )
 
-    y, (dx, d_params) = on_ranks(run)(jax.random.key(nodes()))
+    return Program(run)
+
+
+@compiles(_compare)
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_kernels_agree_with_the_portable_layer(precision: str, ranks: int) -> None:
+    """Over one axis, or with several nodes over two."""
+    y, (dx, d_params) = _compare(precision)(jax.random.key(nodes()))
     for name, (difference, size) in {"y": y, "x": dx, **d_params._asdict()}.items():
         if name == "bias":
             assert difference == size == 0
