@@ -91,20 +91,28 @@ class Dealer {
  public:
   JAX_DS_DEVICE explicit Dealer(const PrefillWalk& walk) : w(walk) {
     of_head = kMask == kPackedMask ? w.packed[kPackedTiles] : (w.rows + kHeldRows - 1) / kHeldRows;
-    total = w.batch * w.heads * of_head;
-    // With many tiles a CTA, head after head reads the other side from memory once. With few,
-    // dealing the longest of all first is what balances the CTAs.
-    together = total >= 16 * gridDim.x ? 1 : w.batch * w.heads;
+    const int heads = w.batch * w.heads, grid = gridDim.x;
+    total = heads * of_head;
+    // With many tiles a CTA, head after head reads the other side from memory once; the last heads,
+    // of a few tiles a CTA, are dealt together, the longest of all first, so that CTAs end together
+    // where they draw. With few tiles, all are.
+    together = heads;
+    if (total >= 16 * grid) {
+      together = w.counter == nullptr ? 1 : min(heads, (4 * grid + of_head - 1) / of_head);
+    }
+    alone = heads - together;
     drawn = blockIdx.x;
   }
 
   JAX_DS_DEVICE HeldTile next() {
     const int index = draw();
     if (index >= total) return {0, -1, 0, 0, 0, 0};
-    const int first = index / (together * of_head) * together;
-    const int inside = index - first * of_head;
-    const int width = min(together, w.batch * w.heads - first);
-    const int head = first + inside % width, place = inside / width;
+    int head = index / of_head, place = index % of_head;
+    if (head >= alone) {
+      const int inside = index - alone * of_head;
+      head = alone + inside % together;
+      place = inside / together;
+    }
     HeldTile tile = at(place);
     // TMA reads what is known of each query from a multiple of 16 bytes on.
     if (kHeld == Side::kKeys) tile.first &= ~3;
@@ -146,7 +154,8 @@ class Dealer {
   }
 
   const PrefillWalk& w;
-  int of_head, total, together;
+  int of_head, total;
+  int together, alone;  // heads dealt as one, after those dealt one by one
   int drawn, round = 0;
 };
 
