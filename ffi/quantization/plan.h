@@ -26,7 +26,7 @@ struct RowsPlan {
 
   static RowsPlan For(Input input, bool swiglu, int64_t k) { return {input, swiglu, k % 16 == 0}; }
   jit::KernelSpec Spec() const;
-  int TileRows() const { return input == Input::kFloat32 || swiglu ? 16 : 32; }
+  int TileRows() const { return swiglu ? 8 : input == Input::kFloat32 ? 16 : 32; }
   static constexpr int kTileBlocks = 4;
   static constexpr int kThreads = 256;
   // Fills the sizes of `params`; returns the number of CTAs to launch for x: [batch, M, K].

@@ -176,14 +176,17 @@ JAX_DS_DEVICE bool is_huge(float scale) {
   return scale > 0x1p96f && scale < __uint_as_float(kInfinity);
 }
 
-// A divisor d as its reciprocal in two parts, 1/d = high + low to 2^-44, so that x * high + x * low
-// rounds as the IEEE quotient does: for every pair of bfloat16 x and amax (test_division.py). Of
-// pairs of float32 about one in 2^43 might give the FP8 code next to the right one. `low` is never
-// negative, so that -0 stays -0.
+// A divisor d as its reciprocal. Exact: in two parts, 1/d = high + low to 2^-44, so that x * high +
+// x * low rounds as the IEEE quotient does: for every pair of bfloat16 x and amax
+// (test_division.py). Of pairs of float32 about one in 2^43 might give the FP8 code next to the
+// right one. `low` is never negative, so that -0 stays -0. Otherwise in one part, two units in the
+// last place off at most: for SwiGLU, whose x are not the same to the bit everywhere.
+template <bool kExact>
 struct Reciprocal {
   float high, low;
 
   static JAX_DS_DEVICE Reciprocal of(float d) {
+    if constexpr (!kExact) return {reciprocal(d), 0.0f};
     // Certainly below 1/d: the approximation errs by one unit in the last place at most.
     const float high = __fmul_rn(reciprocal(d), 1.0f - 0x1p-21f);
     const float rest = __fmaf_rn(-d, high, 1.0f);
@@ -192,7 +195,9 @@ struct Reciprocal {
     return {high, high == 0.0f ? 0.0f : low};
   }
 
-  JAX_DS_DEVICE float times(float x) const { return __fmaf_rn(x, high, __fmul_rn(x, low)); }
+  JAX_DS_DEVICE float times(float x) const {
+    return kExact ? __fmaf_rn(x, high, __fmul_rn(x, low)) : __fmul_rn(x, high);
+  }
 };
 
 // Four floats as e4m3, the first in the lowest byte. Nothing here exceeds 448; NaN becomes 0x7f.
@@ -210,7 +215,7 @@ JAX_DS_DEVICE void quantize(Segment<kInput>& x, float scale, u32 (&values)[4]) {
     scale *= kPrescale;
     x.prescale();
   }
-  const Reciprocal r = Reciprocal::of(scale);
+  const auto r = Reciprocal<true>::of(scale);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     values[i] = cvt_e4m3x4(r.times(x.at(4 * i)), r.times(x.at(4 * i + 1)), r.times(x.at(4 * i + 2)),
@@ -218,11 +223,19 @@ JAX_DS_DEVICE void quantize(Segment<kInput>& x, float scale, u32 (&values)[4]) {
   }
 }
 
-// Eight bytes (two words) to `to`; unaligned, only the first `available` of them.
+// Eight bytes (two words) to `to`, of which the first `available` exist: all or none if aligned.
 template <bool kAligned>
 JAX_DS_DEVICE void store_piece(u8* to, const u32* words, int available) {
   if constexpr (kAligned) {
-    *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    // A predicate, not a branch: behind branches the compiler works out every address anew.
+    asm volatile(
+        "{\n"
+        " .reg .pred p;\n"
+        " setp.gt.s32 p, %3, 0;\n"
+        " @p st.global.v2.b32 [%0], {%1, %2};\n"
+        "}" ::"l"(to),
+        "r"(words[0]), "r"(words[1]), "r"(available)
+        : "memory");
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -238,6 +251,20 @@ JAX_DS_DEVICE u32 max_over_eight(u32 bits) {
     bits = ::max(bits, __shfl_xor_sync(0xffffffffu, bits, lane));
   }
   return bits;
+}
+
+// Where CTA number `index` is among [batch, row tile, column tile], column tiles first.
+struct Place {
+  int batch, row_tile, col_tile;
+};
+JAX_DS_DEVICE Place place_of(u32 index, u32 row_tiles, u32 col_tiles) {
+  u32 batch = 0, row_tile = index / col_tiles;
+  const u32 col_tile = index - row_tile * col_tiles;
+  if (row_tile >= row_tiles) {  // seldom, and divisions are long
+    batch = row_tile / row_tiles;
+    row_tile -= batch * row_tiles;
+  }
+  return {static_cast<int>(batch), static_cast<int>(row_tile), static_cast<int>(col_tile)};
 }
 
 }  // namespace jax_ds::quantization

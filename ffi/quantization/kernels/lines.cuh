@@ -34,6 +34,7 @@ struct LinesKernel {
   using In = Segment<Config::kInput>;
   using Stored = Segment<kStored>;
   using W = Word<kStored>;
+  using Divisor = Reciprocal<!kSwiglu>;
   static constexpr int kPieceBytes = 8 * In::W::kBytes;  // of the input
 
   struct Shared {
@@ -235,7 +236,7 @@ struct LinesKernel {
     }
     const float scale = scale_of(m, p.ue8m0);
     store_column_scale(p, tile, tile.col_tile * kBlock + c, scale);
-    const Reciprocal r = Reciprocal::of(is_huge(scale) ? scale * kPrescale : scale);
+    const Divisor r = Divisor::of(is_huge(scale) ? scale * kPrescale : scale);
     shared.prescale[c] = is_huge(scale) ? kPrescale : 1.0f;
     shared.high[c] = r.high;
     shared.low[c] = r.low;
@@ -251,15 +252,15 @@ struct LinesKernel {
 
   // The reciprocals of this thread's four rows.
   struct RowScales {
-    Reciprocal reciprocal[4];
+    Divisor reciprocal[4];
     float own_prescale;
 
     JAX_DS_DEVICE explicit RowScales(float own_scale)
         : own_prescale(is_huge(own_scale) ? kPrescale : 1.0f) {
-      const Reciprocal own = Reciprocal::of(own_scale * own_prescale);
+      const Divisor own = Divisor::of(own_scale * own_prescale);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        reciprocal[s] = {from_owner(own.high, s), from_owner(own.low, s)};
+        reciprocal[s] = {from_owner(own.high, s), kSwiglu ? 0.0f : from_owner(own.low, s)};
       }
     }
   };
@@ -288,7 +289,7 @@ struct LinesKernel {
       const int first = piece_column(piece) + i;
       const float4 high = *reinterpret_cast<const float4*>(&shared.high[first]);
       const float4 low = *reinterpret_cast<const float4*>(&shared.low[first]);
-      const Reciprocal column[4] = {
+      const Divisor column[4] = {
           {high.x, low.x}, {high.y, low.y}, {high.z, low.z}, {high.w, low.w}};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -302,7 +303,7 @@ struct LinesKernel {
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       const int r = tile_group() * 4 + s;
-      if (r < tile.rows && available > 0) store_piece<kAligned>(to + r * p.k, values[s], available);
+      store_piece<kAligned>(to + r * p.k, values[s], r < tile.rows ? available : 0);
     }
   }
 
@@ -312,7 +313,8 @@ struct LinesKernel {
                                           float own_scale) {
     const bool idle = is_idle(tile);
     const RowScales row(own_scale);
-#pragma unroll
+    constexpr int kUnrolled = kHuge ? 1 : 2;  // huge scales are rare: little code, not fast code
+#pragma unroll kUnrolled
     for (int piece = 0; piece < 2; ++piece) {
       u32 columns[8];
       if (!idle) quantize_piece<kHuge>(p, tile, shared, piece, row, columns);
@@ -321,7 +323,7 @@ struct LinesKernel {
       if (idle) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        shared.transpose.at(piece_column(piece) + j, tile_group()) = columns[j];
+        shared.transpose.at(piece, j) = columns[j];
       }
     }
     __syncthreads();
@@ -342,9 +344,19 @@ struct LinesKernel {
     extern __shared__ __align__(16) char raw[];
     Shared& shared = *reinterpret_cast<Shared*>(raw);
     const Tile tile = find_tile(p);
-    if (tile.rows <= 0) return zero_columns(p, tile, shared);
+    // Others write the padding after the last group, while they wait for what they load.
+    if (tile.token_block >= tile.used_blocks) return;
     float scale = 1.0f;
     start_load(p, tile, shared);
+    Tile padding = tile;
+    padding.rows = 0;
+#pragma unroll 1
+    for (padding.token_block += tile.used_blocks; padding.token_block < p.row_tiles;
+         padding.token_block += tile.used_blocks) {
+      zero_columns(p, padding, shared);
+    }
+    // Groups past the last row hold blocks without rows.
+    if (tile.rows <= 0) return zero_columns(p, tile, shared);
     if (!is_idle(tile)) scale = row_scale(p, tile, shared);
     __syncthreads();
     const bool huge = column_scales(p, tile, shared) || is_huge(scale);

@@ -14,7 +14,10 @@ struct RowsConfig {
   // Eight threads quantize a block, a warp four neighbouring blocks of a row.
   static constexpr int kTileBlocks = 4;
   // Each thread has so many rows in flight.
-  static constexpr int kRowsPerThread = kInput == Input::kFloat32 || kSwiglu ? 2 : 4;
+  static constexpr int kRowsPerThread = kSwiglu ? 1 : kInput == Input::kFloat32 ? 2 : 4;
+  // CTAs an SM holds at once. With registers for more of SwiGLU's, the compiler puts loads behind
+  // the arithmetic of others, and memory is asked for half as much at a time.
+  static constexpr int kMinCtas = kSwiglu ? 5 : 4;
   static constexpr int kTileRows = kThreads / 32 * kRowsPerThread;
 };
 
@@ -43,9 +46,9 @@ struct RowsKernel {
 
   static JAX_DS_DEVICE void run(const RowsParams& p) {
     __shared__ float scales[Config::kTileRows][Config::kTileBlocks];
-    const int col_tile = blockIdx.x % p.col_tiles;
-    const int row_tile = blockIdx.x / p.col_tiles % p.row_tiles;
-    const i64 batch = blockIdx.x / p.col_tiles / p.row_tiles;
+    const Place place = place_of(blockIdx.x, p.row_tiles, p.col_tiles);
+    const int row_tile = place.row_tile, col_tile = place.col_tile;
+    const i64 batch = place.batch;
     const int rows = p.num_rows == nullptr ? p.m : min(p.m, p.num_rows[batch]);
     const int first_row = row_tile * Config::kTileRows;
     if (first_row >= rows) return;
@@ -102,7 +105,8 @@ struct RowsKernel {
 
 // x: [B, M, K] -> values [B, M, K], scales
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads) quantize_rows(const RowsParams p) {
+__global__ void __launch_bounds__(Config::kThreads, Config::kMinCtas)
+    quantize_rows(const RowsParams p) {
   RowsKernel<Config>::run(p);
 }
 

@@ -63,12 +63,7 @@ struct SquareKernel {
 
   static JAX_DS_DEVICE void run(const TilesParams& p) {
     __shared__ Shared shared;
-    Tile tile;
-    tile.col_tile = blockIdx.x % p.kb;
-    tile.token_block = blockIdx.x / p.kb % p.row_tiles;
-    tile.batch = blockIdx.x / p.kb / p.row_tiles;
-    tile.first_row = tile.token_block * kBlock;
-    tile.rows = min(kBlock, p.m - tile.first_row);
+    const Tile tile = whole_tile(p);
     In x[4];
     load(x, p, tile);
     const float scale = scale_of(amax(x, shared), p.ue8m0);
@@ -92,7 +87,7 @@ struct SquareKernel {
         transpose_words(values[0][w], values[1][w], values[2][w], values[3][w]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          shared.transpose.at(piece_column(w / 2) + w % 2 * 4 + j, tile_group()) = values[j][w];
+          shared.transpose.at(w / 2, w % 2 * 4 + j) = values[j][w];
         }
       }
       __syncthreads();

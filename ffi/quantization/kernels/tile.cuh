@@ -16,6 +16,7 @@ struct Tile {
   int first_row, rows;  // of x; rows <= 128
   int token_block;
   int col_tile;
+  int used_blocks;  // token blocks up to the last group's end, at least one
 
   // Offset of the tile's first element in a [B, M, width] array. Within a tile 32 bits suffice:
   // the host keeps K below 2^22.
@@ -34,14 +35,12 @@ template <bool kAligned>
 JAX_DS_DEVICE void store_row(const TilesParams& p, const Tile& tile, int s,
                              const u32 (&values)[4]) {
   const int r = tile_group() * 4 + s;
-  if (r >= tile.rows) return;
   u8* const tile_values = static_cast<u8*>(p.row_values) + tile.origin(p, p.k);
 #pragma unroll
   for (int piece = 0; piece < 2; ++piece) {
     const int available = p.k - tile.col_tile * kBlock - piece_column(piece);
-    if (available <= 0) continue;
     store_piece<kAligned>(tile_values + (r * p.k + piece_column(piece)), values + piece * 2,
-                          available);
+                          r < tile.rows ? available : 0);
   }
 }
 
@@ -51,8 +50,11 @@ JAX_DS_DEVICE void store_row(const TilesParams& p, const Tile& tile, int s,
 struct Transpose {
   alignas(16) u32 words[kBlock][32];
 
-  JAX_DS_DEVICE u32& at(int column, int group) {
-    return words[column][(group / 4 ^ column / 8 % 8) * 4 + group % 4];
+  // The word of this thread's four rows and of column `j` of its eight in `piece`.
+  JAX_DS_DEVICE u32& at(int piece, int j) {
+    const int group = tile_group();
+    u32* const first = words[piece_column(piece)];
+    return first[(group / 4 ^ tile_lane()) * 4 + group % 4 + j * 32];
   }
 
   // All threads, after a barrier: to column_values. Chunks of sixteen tokens of which the tile has
@@ -70,7 +72,8 @@ struct Transpose {
       if (tile.col_tile * kBlock + c >= p.k || token >= p.p) continue;
       uint4 four;
       if (chunk * 16 < tile.rows) {
-        four = *reinterpret_cast<const uint4*>(&at(c, chunk * 4));
+        const int permuted = chunk ^ first / 8 ^ i % 2 * (kStep / 8);  // c / 8 % 8 in parts
+        four = *reinterpret_cast<const uint4*>(&words[c][permuted * 4]);
       } else {
         four.x = four.y = four.z = four.w = padding(c);
       }
@@ -86,28 +89,28 @@ struct Transpose {
   }
 };
 
-// Token blocks that are walked together, column by column: of the columns' lines, neighbours are
-// written at about the same time.
-constexpr int kBand = 4;
+// The tile of this CTA where there are no groups.
+JAX_DS_DEVICE Tile whole_tile(const TilesParams& p) {
+  const Place place = place_of(blockIdx.x, p.row_tiles, p.kb);
+  Tile tile;
+  tile.batch = place.batch;
+  tile.token_block = place.row_tile;
+  tile.col_tile = place.col_tile;
+  tile.first_row = tile.token_block * kBlock;
+  tile.rows = min(kBlock, p.m - tile.first_row);
+  tile.used_blocks = p.row_tiles;
+  return tile;
+}
 
 // The tile of this CTA; the whole warp calls it.
 JAX_DS_DEVICE Tile find_tile(const TilesParams& p) {
-  Tile tile;
-  const int batch_tiles = p.row_tiles * p.kb, band_tiles = kBand * p.kb;
-  tile.batch = blockIdx.x / batch_tiles;
-  const int in_batch = blockIdx.x % batch_tiles, first = in_batch / band_tiles * kBand;
-  const int in_band = in_batch % band_tiles, height = min(kBand, p.row_tiles - first);
-  tile.token_block = first + in_band % height;
-  tile.col_tile = in_band / height;
-  if (p.num_groups < 0) {
-    tile.first_row = tile.token_block * kBlock;
-    tile.rows = min(kBlock, p.m - tile.first_row);
-  } else {
-    const TokenBlock found =
-        find_rows(p.group_sizes + tile.batch * p.num_groups, p.num_groups, p.m, tile.token_block);
-    tile.first_row = found.first_row;
-    tile.rows = found.rows;
-  }
+  Tile tile = whole_tile(p);
+  if (p.num_groups < 0) return tile;
+  const TokenBlock found =
+      find_rows(p.group_sizes + tile.batch * p.num_groups, p.num_groups, p.m, tile.token_block);
+  tile.first_row = found.first_row;
+  tile.rows = found.rows;
+  tile.used_blocks = max(found.used_blocks, 1);
   return tile;
 }
 
