@@ -157,7 +157,10 @@ def main() -> None:
         # A shape at a time: the long one's rows of up to 100 ms leave a hotter, slower chip.
         yardsticks = timing.yardsticks()
         if timings:
-            yardsticks = [dataclasses.replace(y, name=f"{y.name}, then") for y in yardsticks]
+            beside = "x".join(map(str, shape))
+            yardsticks = [
+                dataclasses.replace(y, name=f"{y.name} beside {beside}") for y in yardsticks
+            ]
         timings |= timing.measure([*yardsticks, *rows(shape)], rounds=7)
     timing.show(timings)
     measured = host()
