@@ -99,6 +99,7 @@ def _bwd(
     )
     grouped = functools.partial(deep_gemm.fp8_grouped_gemm, group_sizes=sizes, implementation=impl)
     wgrad = functools.partial(deep_gemm.fp8_grouped_wgrad, group_sizes=sizes, implementation=impl)
+    gate_up, down = saved.types.primals[2:]
     # Each row's share of g travels in bfloat16, as in DeepSeek-V3.
     d_out, d_weights = saved.combine(g)
 
@@ -106,12 +107,12 @@ def _bwd(
     _, act_columns = quantization.swiglu_quantize_1x128_both(
         saved.hidden, sizes, implementation=impl
     )
-    d_down = wgrad(d_out_columns, act_columns)
+    d_down = wgrad(d_out_columns, act_columns, out_dtype=down.dtype)
     d_hidden = _swiglu_grad(saved.hidden, grouped(d_out_rows, saved.down_t))
     d_hidden_rows, d_hidden_columns = both(d_hidden)
     x = quantization.dequantize(saved.rows).astype(jnp.bfloat16)
     _, x_columns = both(x, scale_dtype="ue8m0")
-    d_gate_up = wgrad(d_hidden_columns, x_columns)
+    d_gate_up = wgrad(d_hidden_columns, x_columns, out_dtype=gate_up.dtype)
     d_rows = grouped(d_hidden_rows, saved.gate_up_t)
     dx = deep_ep.combine(d_rows, plan, None, **config.exchange)
 
