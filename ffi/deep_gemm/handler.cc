@@ -135,9 +135,8 @@ Error Execute(GemmState* state, int32_t ordinal, cuda::Stream stream, AnyBuffer 
     const int64_t lhs_rows = p.mode == kMasked ? p.m * p.groups : p.m;
     const int64_t rhs_rows = p.mode == kGrouped || p.mode == kMasked ? p.n * p.groups : p.n;
     JAX_DS_ASSIGN_OR_RETURN(
-        params.lhs,
-        jit::EncodeTensorMap(jit::MapType::kUint8, part(lhs), {p.k, lhs_rows}, {p.k},
-                             {kBlockK, c.block_m / c.multicast}, {jit::Swizzle::k128B}));
+        params.lhs, jit::EncodeTensorMap(jit::MapType::kUint8, part(lhs), {p.k, lhs_rows}, {p.k},
+                                         {kBlockK, LhsBox(c)}, {jit::Swizzle::k128B}));
     JAX_DS_ASSIGN_OR_RETURN(
         params.rhs, jit::EncodeTensorMap(jit::MapType::kUint8, part(rhs), {p.k, rhs_rows}, {p.k},
                                          {kBlockK, c.block_n}, {jit::Swizzle::k128B}));

@@ -171,7 +171,7 @@ int Plan::Band() const { return std::max(1, 2048 / config.block_m); }
 
 int64_t Plan::Clusters(const Problem& p) const {
   const int64_t columns = CeilDiv(p.n, int64_t{config.block_n} * config.multicast);
-  int64_t row_tiles = CeilDiv(p.m, config.block_m);
+  int64_t row_tiles = CeilDiv(p.m, IsRagged(config) ? 64 : config.block_m);
   if (p.mode == kGrouped) {
     row_tiles += p.groups;  // each group, and the tail, may end in a partial tile
   } else if (p.mode != kDense) {

@@ -45,7 +45,7 @@ constexpr int kBlockK = 128;  // elements, and bytes, of K that share a scale: o
 constexpr int kMaxGroups = 512;
 
 struct Params {
-  TensorMap lhs;            // e4m3 [rows, K], box [block_m / multicast, 128]
+  TensorMap lhs;            // e4m3 [rows, K], box [LhsBox, 128]
   TensorMap rhs;            // e4m3 [rhs rows, K], box [block_n, 128]
   TensorMap out;            // [matrices, M, N], box of 1 x OutBox rows x 128 bytes
   const float* lhs_scales;  // [K / 128, M], masked [G, K / 128, M]: columns contiguous
@@ -59,6 +59,9 @@ struct Params {
   int band;       // row tiles that are walked together, so that L2 keeps both operands
   int zero_tail;  // grouped: write zeros to the rows past the last group; masked: likewise
 };
+
+// Whose groups end anywhere.
+constexpr bool IsRagged(const Config& c) { return c.mode == kGrouped || c.mode == kMasked; }
 
 constexpr int RoundUp(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -108,14 +111,23 @@ constexpr int ScaleBlocks(const Config& c) {
   return (c.block_n - ScaleUnit(c) + 127) / 128 + 1;
 }
 
+// Rows of lhs that one load brings.
+constexpr int LhsBox(const Config& c) { return IsRagged(c) ? 64 : c.block_m / c.multicast; }
+
+// Bytes of what is known of groups: where they end; of ragged ones the order of their tiles too.
+constexpr int GroupBytes(const Config& c) {
+  if (c.mode == kDense) return 16;
+  if (!IsRagged(c)) return kMaxGroups * 4;
+  return kMaxGroups * (c.block_m > 64 ? 10 : 4) + 48;
+}
+
 // Dynamic shared memory of a launch.
 constexpr int SharedBytes(const Config& c) {
   const int tiles = (c.block_m + c.block_n) * kBlockK;
   const int scales = (LhsScaleSlots(c) + RhsScaleSlots(c)) * 4;
-  const int groups = c.mode == kDense ? 16 : kMaxGroups * 4;
   const int barriers = 16 * c.stages + 16;
   return RoundUp(c.stages * (tiles + scales) + StagingBuffers(c) * 4 * c.math * kStagingBytes +
-                     ReduceBytes(c) + groups + barriers,
+                     ReduceBytes(c) + GroupBytes(c) + barriers,
                  1024);
 }
 

@@ -58,13 +58,13 @@ class Staging {
     u8* const buffer = base_ + next_ * kStagingBytes;
     write<kFirst, kColumns>(shared_address(buffer), total);
     // TMA clips at the end of a matrix, but knows nothing of groups inside one.
-    const bool whole = kColumns == kWidth && (kConfig.mode != kGrouped || t.row + 16 <= t.row_end);
+    const bool whole = kColumns == kWidth && (!IsRagged(kConfig) || t.row + 16 <= t.row_end);
     if (whole) fence_proxy_async_shared();
     __syncwarp();
     if (!whole) copy_rows<kColumns>(p, shared_address(buffer), t, t.col + kFirst);
     if (lane_id() == 0) {
       if constexpr (kConfig.output == kFloat32Add) {
-        static_assert(kColumns == kWidth && kConfig.mode != kGrouped);
+        static_assert(kColumns == kWidth && !IsRagged(kConfig));
         tma_reduce_add_3d(&p.out, buffer, t.col + kFirst, t.row, t.matrix);
       } else if (whole) {
         tma_store_3d(&p.out, buffer, t.col + kFirst, t.row, t.matrix);
@@ -152,7 +152,7 @@ JAX_DS_DEVICE void store_whole(const Params& p, const float (&total)[kConfig.wav
   for (int wave = 0; wave < kWaves; ++wave) {
     const int row = tile.out_row + kConfig.first_row(group, wave);
     // TMA clips at the end of a matrix, but knows nothing of groups inside one.
-    if (kConfig.mode == kGrouped && row + 64 > tile.out_end) {
+    if (IsRagged(kConfig) && row + 64 > tile.out_end) {
       const WarpTile t{tile.matrix, row + 16 * warp, tile.out_end, tile.col};
 #pragma unroll
       for (int box = 0; box < kColumns; ++box) {

@@ -149,7 +149,7 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
 
   Pipeline<kConfig.stages> ring(s.ring);
   Pipeline<1> reduce_buffer(s.reduced);
-  Schedule<kConfig> schedule(p, s.group_ends);
+  TileSchedule<kConfig> schedule(p, s.groups);
   Tile next;
   for (bool more = schedule.next(next); more;) {
     const Tile tile = next;
@@ -157,9 +157,8 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
     const int split = 128 - tile.col % 128, blocks = tile.k_blocks;
     const int scale_row = tile.lhs_row - first_scale<kConfig>(p, tile.lhs_row) + warp_row;
     // A group may end before some of the tile's rows: they are left out, 64 at a time.
-    constexpr bool kEnds = kConfig.mode == kGrouped || kConfig.mode == kMasked;
     const int end = tile.rows - kConfig.first_row(group, 0);
-    if (!kEnds || end > kConfig.first_row(0, kWaves - 1)) {
+    if (!IsRagged(kConfig) || end > kConfig.first_row(0, kWaves - 1)) {
       multiply_tile<kConfig, kWaves>(s, ring, total, group, blocks, split, scale_row);
     } else if (kWaves > 1 && end > 0) {
       multiply_tile<kConfig, 1>(s, ring, total, group, blocks, split, scale_row);
@@ -224,8 +223,9 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
   // A successor may come as soon as there is room; it waits for our end as we do for another's.
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
-  if (kConfig.mode != kDense && warp == 0) load_groups<kConfig>(p, s.group_ends);
+  if (kConfig.mode != kDense && warp == 0) load_groups<kConfig>(p, s.groups.ends);
   bar_sync(0, kConfig.threads());
+  if constexpr (IsRagged(kConfig)) deal_groups<kConfig>(p, s.groups);
   // Nobody may write to a CTA of the cluster that has not come so far.
   if constexpr (kConfig.cluster() > 1) barrier_cluster_wait();
 

@@ -1,8 +1,7 @@
 // The producers: a warp for the operands, a warp for their scales, filling the same ring of slots.
 #pragma once
 
-#include "deep_gemm/kernels/scheduler.cuh"
-#include "deep_gemm/kernels/storage.cuh"
+#include "deep_gemm/kernels/groups.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/tma.cuh"
 
@@ -11,29 +10,31 @@ namespace jax_ds::deep_gemm {
 // One thread. TMA counts its bytes on the slot's barrier.
 template <Config kConfig>
 JAX_DS_DEVICE void produce_tiles(const Params& p, Storage<kConfig>& s) {
-  constexpr int kLhsRows = kConfig.block_m / kConfig.multicast;
-  constexpr u32 kBytes = (kConfig.block_m + kConfig.block_n) * kBlockK;
+  constexpr int kLhsRows = LhsBox(kConfig);
   const u32 rank = kConfig.multicast > 1 ? cluster_ctarank() : 0;
   const u32 part = rank % kConfig.multicast;  // of the lhs tile
   const u16 sharers = ((1 << kConfig.multicast) - 1) << (rank - part);
 
   Pipeline<kConfig.stages> ring(s.ring);
-  Schedule<kConfig> schedule(p, s.group_ends);
+  TileSchedule<kConfig> schedule(p, s.groups);
   for (Tile tile; schedule.next(tile);) {
-    const int lhs_row = tile.lhs_row + part * kLhsRows;
     const int rhs_row = (kConfig.mode == kWgrad ? 0 : tile.group * p.n) + tile.col;
     const int end = (tile.k_begin + tile.k_blocks) * kBlockK;
+    const int rows = IsRagged(kConfig) ? tile.lhs_parts * kPart : kConfig.block_m;
+    const u32 bytes = (rows + kConfig.block_n) * kBlockK;
     for (int k = tile.k_begin * kBlockK; k < end; k += kBlockK, ring.advance()) {
       const int slot = ring.slot();
       ring.acquire();
-      ring.commit(kBytes);
+      ring.commit(bytes);
       tma_load_2d(s.rhs[slot], &p.rhs, ring.full(), k, rhs_row);
-      if constexpr (kConfig.multicast > 1) {
-        // Each sharer brings its part of the lhs tile to all of them.
-        tma_load_2d_multicast(s.lhs[slot] + part * kLhsRows * kBlockK, &p.lhs, ring.full(), sharers,
-                              k, lhs_row);
-      } else {
-        tma_load_2d(s.lhs[slot], &p.lhs, ring.full(), k, lhs_row);
+      for (int row = part * kLhsRows; row < rows; row += kConfig.multicast * kLhsRows) {
+        u8* const lhs = s.lhs[slot] + row * kBlockK;
+        if constexpr (kConfig.multicast > 1) {
+          // Each sharer brings its part of the lhs tile to all of them.
+          tma_load_2d_multicast(lhs, &p.lhs, ring.full(), sharers, k, tile.lhs_row + row);
+        } else {
+          tma_load_2d(lhs, &p.lhs, ring.full(), k, tile.lhs_row + row);
+        }
       }
     }
   }
@@ -108,7 +109,7 @@ JAX_DS_DEVICE void produce_scales(const Params& p, Storage<kConfig>& s) {
   const int rhs_blocks = (p.k + kBlockK - 1) / kBlockK;
 
   Pipeline<kConfig.stages> ring(s.ring);
-  Schedule<kConfig> schedule(p, s.group_ends);
+  TileSchedule<kConfig> schedule(p, s.groups);
   for (Tile tile; schedule.next(tile);) {
     const int rhs_row = kWide ? tile.col : tile.col / 128;
     const int row = first_scale<kConfig>(p, tile.lhs_row - (kMask ? tile.group * p.m : 0));

@@ -1,7 +1,7 @@
 // Which tiles a CTA computes, in which order. Group sizes are read on the device, once.
 #pragma once
 
-#include "deep_gemm/kernels/config.h"
+#include "deep_gemm/kernels/storage.cuh"
 #include "kernels/ptx.cuh"
 
 namespace jax_ds::deep_gemm {
@@ -9,14 +9,15 @@ namespace jax_ds::deep_gemm {
 // One output tile.
 struct Tile {
   int group;
-  int matrix;    // of the output; grouped rows are those of one
-  int lhs_row;   // first row of lhs
-  int out_row;   // first row of the output matrix
-  int out_end;   // first row that is not to be stored
-  int rows;      // valid ones, from out_row on; masked: the others are stored as zero
-  int col;       // first column of the tile
-  int k_begin;   // first of its 128-blocks of K (wgrad: of the tokens)
-  int k_blocks;  // 0: the tile is zero
+  int matrix;     // of the output; grouped rows are those of one
+  int lhs_row;    // first row of lhs
+  int lhs_parts;  // ragged: parts of 64 rows of lhs to load
+  int out_row;    // first row of the output matrix
+  int out_end;    // first row that is not to be stored
+  int rows;       // valid ones, from out_row on; masked: the others are stored as zero
+  int col;        // first column of the tile
+  int k_begin;    // first of its 128-blocks of K (wgrad: of the tokens)
+  int k_blocks;   // 0: the tile is zero
 };
 
 // The row of lhs whose scale comes first in a slot, for a tile that begins at `row`.
@@ -58,55 +59,35 @@ JAX_DS_DEVICE void load_groups(const Params& p, int* ends) {
   }
 }
 
-// Every thread of the roles walks the same sequence: `for (tile; schedule.next(tile);)`.
+// Tiles of matrices of equal size. Every thread of the roles walks the same sequence:
+// `for (tile; schedule.next(tile);)`.
 template <Config kConfig>
 class Schedule {
  public:
-  JAX_DS_DEVICE Schedule(const Params& p, const int* ends)
+  JAX_DS_DEVICE Schedule(const Params& p, const Groups<kConfig>& s)
       : p_(p),
-        ends_(ends),
+        ends_(s.ends),
         index_(blockIdx.x / kConfig.cluster()),
         step_(gridDim.x / kConfig.cluster()),
         rank_(kConfig.cluster() > 1 ? cluster_ctarank() : 0),
         columns_((p.n + kColumns - 1) / kColumns) {}
 
   JAX_DS_DEVICE bool next(Tile& tile) {
-    // Groups follow one another; `first_` is the index of the current group's first tile.
-    while (true) {
-      const int rows = group_rows();
-      const int tiles = (rows + kConfig.block_m - 1) / kConfig.block_m * columns_;
-      if (index_ < first_ + tiles) {
-        place(tile, index_ - first_, rows);
-        index_ += step_;
-        return true;
-      }
-      first_ += tiles;
-      if (++group_ >= num_groups()) return false;
-    }
+    const int tiles = (p_.m + kConfig.block_m - 1) / kConfig.block_m * columns_;  // of a matrix
+    const int matrix = kConfig.mode == kDense ? index_ >= tiles : index_ / tiles;
+    if (matrix >= p_.num_groups) return false;
+    place(tile, matrix, index_ - matrix * tiles);
+    index_ += step_;
+    return true;
   }
 
  private:
   static constexpr int kColumns = kConfig.block_n * kConfig.multicast;  // of a cluster
 
-  // Grouped rows past the last group form one more group, without K.
-  JAX_DS_DEVICE int num_groups() const {
-    return p_.num_groups + (kConfig.mode == kGrouped && p_.zero_tail ? 1 : 0);
-  }
-
-  JAX_DS_DEVICE int group_begin() const { return group_ == 0 ? 0 : ends_[group_ - 1]; }
-
-  JAX_DS_DEVICE int group_rows() const {
-    if constexpr (kConfig.mode == kGrouped) {
-      return (group_ < p_.num_groups ? ends_[group_] : p_.m) - group_begin();
-    }
-    if constexpr (kConfig.mode == kMasked) return p_.zero_tail ? p_.m : ends_[group_];
-    return p_.m;
-  }
-
-  JAX_DS_DEVICE void place(Tile& tile, int index, int rows) const {
+  JAX_DS_DEVICE void place(Tile& tile, int matrix, int index) const {
     // Bands of `band` row tiles; inside a band column after column. A tile that ends early is a
     // band of its own: among others it would always fall to the same CTAs.
-    const int whole = rows / kConfig.block_m, first = index / (p_.band * columns_) * p_.band;
+    const int whole = p_.m / kConfig.block_m, first = index / (p_.band * columns_) * p_.band;
     const int band = max(1, min(p_.band, whole - first));
     const bool last = index >= whole * columns_;
     const int inside = index - (last ? whole : first) * columns_;
@@ -115,21 +96,14 @@ class Schedule {
 
     int k_blocks = (p_.k + kBlockK - 1) / kBlockK;
     int k_begin = 0;
-    const int base = kConfig.mode == kGrouped ? group_begin() : 0;
-    if constexpr (kConfig.mode == kGrouped) {
-      if (group_ >= p_.num_groups) k_blocks = 0;
-    } else if constexpr (kConfig.mode == kMasked) {
-      if (row >= ends_[group_]) k_blocks = 0;
-    } else if constexpr (kConfig.mode == kWgrad) {
-      k_begin = group_begin();
-      k_blocks = ends_[group_] - k_begin;
+    if constexpr (kConfig.mode == kWgrad) {
+      k_begin = matrix == 0 ? 0 : ends_[matrix - 1];
+      k_blocks = ends_[matrix] - k_begin;
     }
-    tile.group = group_;
-    tile.matrix = kConfig.mode == kMasked || kConfig.mode == kWgrad ? group_ : 0;
-    tile.out_row = base + row;
-    tile.out_end = base + rows;
-    tile.rows = (kConfig.mode == kMasked ? ends_[group_] : tile.out_end) - tile.out_row;
-    tile.lhs_row = kConfig.mode == kMasked ? group_ * p_.m + row : tile.out_row;
+    tile.group = tile.matrix = matrix;
+    tile.lhs_row = tile.out_row = row;
+    tile.out_end = p_.m;
+    tile.rows = p_.m - row;
     tile.col = column * kColumns + rank_ % kConfig.multicast * kConfig.block_n;
     if constexpr (kConfig.split > 1) {
       const int part = rank_ / kConfig.multicast;
@@ -147,8 +121,6 @@ class Schedule {
   int step_;
   int rank_;
   int columns_;
-  int group_ = 0;
-  int first_ = 0;
 };
 
 }  // namespace jax_ds::deep_gemm

@@ -6,6 +6,25 @@
 
 namespace jax_ds::deep_gemm {
 
+// What is known of groups.
+template <Config kConfig>
+struct Groups {
+  int ends[kConfig.mode == kDense ? 4 : kMaxGroups];  // as load_groups says
+};
+
+template <Config kConfig>
+  requires(IsRagged(kConfig))
+struct Groups<kConfig> {
+  int ends[kMaxGroups];
+  // Entry 2g are a group's tiles of as many parts as can be, 2g + 1 the rest.
+  static constexpr int kEntries = kConfig.block_m > 64 ? 2 * kMaxGroups : 1;
+  u16 order[kEntries];  // entries that are not empty, the tallest first
+  u8 sizes[kEntries];   // parts of their tiles; 0: empty
+  float costs[4];       // of tiles of at most 1 to 4 parts
+  int counts[4];        // how many those are
+  int most, tiles;      // what is chosen of these
+};
+
 template <Config kConfig>
 struct Storage {
   u8 lhs[kConfig.stages][kConfig.block_m * kBlockK];
@@ -15,7 +34,7 @@ struct Storage {
   float4 reduce[ReduceBytes(kConfig) > 0 ? ReduceBytes(kConfig) / 16 : 1];
   alignas(16) float lhs_scales[kConfig.stages][LhsScaleSlots(kConfig)];
   alignas(16) float rhs_scales[kConfig.stages][RhsScaleSlots(kConfig)];
-  int group_ends[kConfig.mode == kDense ? 4 : kMaxGroups];
+  Groups<kConfig> groups;
   PipelineBarriers<kConfig.stages> ring;
   PipelineBarriers<1> reduced;  // the reduce buffer, filled by the other splits
 };
