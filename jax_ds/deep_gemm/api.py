@@ -27,7 +27,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jax_ds._core.checks import check, check_choice, check_dtype, check_rank, check_shape
+from jax_ds._core.checks import (
+    check,
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_rank,
+    check_shape,
+)
 from jax_ds._core.gradients import without_gradient
 from jax_ds._core.groups import check_group_sizes
 from jax_ds._runtime.choose import Implementation, choose
@@ -134,8 +141,8 @@ def fp8_masked_gemm(
       group_sizes: int32 `[G]`, valid rows of each group, at most M (more counts as M).
       out_dtype: bfloat16 or float32.
       zero_tail: the other rows are zero; False leaves them unspecified.
-      expected_rows: how many rows a group is likely to hold, a quarter of M by default. It only
-        helps to choose the kernel's tiles.
+      expected_rows: how many rows a group is likely to hold, a quarter of M by default, at most M
+        (more counts as M). It only helps to choose the kernel's tiles.
       implementation: None, "xla" or "cuda".
 
     Returns:
@@ -153,11 +160,12 @@ def fp8_masked_gemm(
     check(rhs.shape[0] == lhs.shape[0], "rhs", rule, f"{rhs.shape[0]} and {lhs.shape[0]}")
     check_group_sizes(group_sizes, rhs.shape[0], lhs.shape[1], masked=True)
     check_choice("zero_tail", zero_tail, (True, False))
+    expected = 0
     if expected_rows is not None:
+        expected = min(check_integer("expected_rows", expected_rows), lhs.shape[1])
         check(expected_rows >= 1, "expected_rows", "must be at least 1", expected_rows)
     dtype = _out_dtype(out_dtype)
     portable = functools.partial(xla.masked_gemm, out_dtype=dtype)
-    expected = min(expected_rows or 0, lhs.shape[1])
     cuda = functools.partial(
         ffi.masked_gemm, out_dtype=dtype, zero_tail=zero_tail, expected_rows=expected
     )

@@ -34,7 +34,7 @@ def explain(
       mode: "dense", "grouped", "masked" or "wgrad".
       groups: number of groups.
       out_dtype: bfloat16 or float32; by default bfloat16, for "wgrad" float32.
-      expected_rows: "masked": rows a group is likely to hold, as in `fp8_masked_gemm`.
+      expected_rows: "masked": rows a group is likely to hold, at most M; a quarter of M by default.
       num_sms: multiprocessors of the GPU; 132 on H100 SXM and H200.
 
     Returns:

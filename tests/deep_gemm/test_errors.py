@@ -128,6 +128,13 @@ ERRORS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], typ
         ValueError,
         "expected_rows: must be at least 1, got 0",
     ),
+    "rows expected, no integer": (
+        deep_gemm.fp8_masked_gemm,
+        (_quantized((2, 5, 16), (2, 5, 1)), _quantized((2, 8, 16), (2, 1, 1)), SIZES),
+        {"expected_rows": 2.5},
+        TypeError,
+        "expected_rows: must be a static integer, got 2.5",
+    ),
     "tokens": (
         deep_gemm.fp8_wgrad,
         (DY, _quantized((200, 128), (200, 1))),

@@ -1,8 +1,13 @@
 """The plan's table, which needs the native module but no GPU."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jax_ds import deep_gemm
+from jax_ds.quantization import quantize_1x128, quantize_128x128
 
 
 def test_tells_the_choice_and_its_rivals() -> None:
@@ -31,6 +36,20 @@ def test_expected_rows_change_the_choice() -> None:
     )
     assert few.splitlines()[1].split()[0].startswith("64x")
     assert many.splitlines()[1].split()[0].startswith("128x")
+
+
+@pytest.mark.parametrize(("expected", "told"), [(None, 0), (3, 3), (9, 5)])
+def test_calls_tell_the_rows_expected(expected: int | None, told: int) -> None:
+    """As many as M = 5 at most; 0 leaves the guess to the model."""
+
+    def call(x: Any, w: Any, sizes: Any) -> Any:
+        lhs, rhs = quantize_1x128(x), quantize_128x128(w)
+        return deep_gemm.fp8_masked_gemm(lhs, rhs, sizes, expected_rows=expected)
+
+    shapes = (jax.ShapeDtypeStruct((2, n, 128), jnp.bfloat16) for n in (5, 8))
+    traced = jax.jit(call).trace(*shapes, jax.ShapeDtypeStruct((2,), jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert f"expected_rows = {told} : i64" in text
 
 
 @pytest.mark.parametrize(
