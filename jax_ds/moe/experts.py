@@ -81,14 +81,20 @@ def low_latency(
     )
     rows, sizes, handle = deep_ep.low_latency_dispatch_finish(in_flight, after=after)
     if precision == "fp8":
-        hidden = deep_gemm.fp8_masked_gemm(
-            rows, _quantized(gate_up, impl), sizes, implementation=impl
+        # An expert's share of all ranks' choices, if even: R T k of them for R E_local experts.
+        expected = -(-ids.size // gate_up.shape[0])
+        product = functools.partial(
+            deep_gemm.fp8_masked_gemm,
+            group_sizes=sizes,
+            expected_rows=expected,
+            implementation=impl,
         )
+        hidden = product(rows, _quantized(gate_up, impl))
         # Of each expert's region only the rows that have a token are read and written.
         act = jax.vmap(functools.partial(quantization.swiglu_quantize_1x128, implementation=impl))(
             hidden, sizes
         )
-        out = deep_gemm.fp8_masked_gemm(act, _quantized(down, impl), sizes, implementation=impl)
+        out = product(act, _quantized(down, impl))
     else:
         assert not isinstance(gate_up, Quantized)
         assert not isinstance(down, Quantized)

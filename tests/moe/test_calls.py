@@ -86,6 +86,16 @@ def test_decoding_quantizes_the_rows_that_hold_tokens() -> None:
     assert _counts(text)["gemm"] == 2
 
 
+def test_decoding_expects_even_shares() -> None:
+    """Rows of an expert: tokens of all 8 ranks times k = 4, over all experts, rounded up."""
+    for tokens, experts, expected in ((16, 16, 32), (6, 32, 6), (3, 64, 2)):
+        case = dataclasses.replace(CASES[0], shared=0, tokens=tokens, experts=experts)
+        text = _program(case, backward=False, low_latency=True)
+        calls = [line for line in text.splitlines() if "custom_call @jax_ds_gemm" in line]
+        assert len(calls) == 2
+        assert all(f"expected_rows = {expected} : i64" in call for call in calls)
+
+
 def test_nothing_waits_for_the_host() -> None:
     text = _program(CASES[0], backward=True)
     for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv"):
