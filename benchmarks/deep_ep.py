@@ -364,9 +364,8 @@ def show_overlap(case: Case, say: Callable[[str], None]) -> None:
 
 
 def _profiled(ranks: Ranks, function: Callable[..., Any], arguments: Any) -> Iterator[str]:
-    # A command buffer would hide which program a kernel belongs to.
-    options = {"xla_gpu_graph_min_graph_size": 1 << 30}
-    program = ranks.jit(function).lower(*arguments).compile(compiler_options=options)
+    lowered = ranks.jit(function).lower(*arguments)
+    program = lowered.compile(compiler_options=timing.NO_COMMAND_BUFFERS)
     jax.block_until_ready(program(*arguments))
 
     def run() -> None:

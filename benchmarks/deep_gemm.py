@@ -7,7 +7,6 @@ a row's ratio is its time over the mark, corrected by nothing: compare the bf16 
 import functools
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -216,7 +215,7 @@ def _pallas() -> dict[str, Callable[..., Any]]:
     return {f"Pallas {m}x{n}": products(m, n) for m, n in _PALLAS_BLOCKS}
 
 
-def host(calls: int = 200) -> dict[str, float]:
+def host() -> dict[str, float]:
     """Milliseconds to compile a configuration and to read it back; microseconds a call costs."""
     # Of every fifth configuration: together they take a minute to compile, twice.
     kernels = [spec for room, spec in native.module().kernels() if room == "deep_gemm"][::5]
@@ -225,36 +224,20 @@ def host(calls: int = 200) -> dict[str, float]:
         native.module().compile(spec)
     cached_ms = [1e3 * native.module().compile(spec)["seconds"] for spec in kernels]
 
-    def enqueued(products: int) -> float:
-        """Median time to enqueue a program of so many products."""
-        lhs, rhs = (Quantized(*a) for a in _small_operands())
-
-        @jax.jit
+    def products(count: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         def run(lhs: Quantized, rhs: Quantized) -> Any:
             return [
-                deep_gemm.fp8_gemm(Quantized(lhs.values, lhs.scales + i), rhs)
-                for i in range(products)
+                deep_gemm.fp8_gemm(Quantized(lhs.values, lhs.scales + i), rhs) for i in range(count)
             ]
 
-        compiled = run.lower(lhs, rhs).compile(
-            compiler_options={"xla_gpu_graph_min_graph_size": 1 << 30}
-        )
-        times = []
-        for _ in range(calls):
-            jax.block_until_ready(compiled(lhs, rhs))
-            start = time.perf_counter()
-            out = compiled(lhs, rhs)
-            times.append(1e6 * (time.perf_counter() - start))
-            jax.block_until_ready(out)
-        return statistics.median(times)
+        return run, tuple(Quantized(*a) for a in _small_operands())
 
-    few, many = enqueued(4), enqueued(36)
     return {
         "compile_ms_median": statistics.median(compile_ms),
         "compile_ms_max": max(compile_ms),
         "cached_ms_max": max(cached_ms),
         # With the addition that sets its operand apart from the others'.
-        "host_us_per_call": (many - few) / 32,
+        "host_us_per_call": timing.host_us(products),
     }
 
 

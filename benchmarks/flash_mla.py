@@ -6,8 +6,7 @@ at random; the time includes the schedule, which the kernel makes, and the combi
 
 import dataclasses
 import functools
-import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -118,31 +117,19 @@ def _read_row(pages: Array) -> timing.Row:
     return timing.Row("yardstick read", jnp.max, [(pages,)], bytes=float(pages.nbytes))
 
 
-def _host_us(heads: int) -> float:
-    """What a warm call costs the host: by the time to enqueue programs of 36 and of 4 calls."""
+def _decodes(heads: int, count: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A program of so many small calls, and its operands."""
 
-    def enqueued(calls: int) -> float:
-        def run(queries: list[Array], pages: Array, table: Array, lengths: Array) -> list[Any]:
-            decode = functools.partial(flash_mla.decode, implementation="cuda")
-            return [decode(q, pages, table, lengths) for q in queries]
+    def run(queries: list[Array], pages: Array, table: Array, lengths: Array) -> list[Any]:
+        decode = functools.partial(flash_mla.decode, implementation="cuda")
+        return [decode(q, pages, table, lengths) for q in queries]
 
-        operands = (
-            [jnp.ones((1, 1, heads, _ROW), jnp.bfloat16)] * calls,
-            jnp.ones((1, _PAGE, _ROW), jnp.bfloat16),
-            jnp.zeros((1, 1), jnp.int32),
-            jnp.ones(1, jnp.int32),
-        )
-        options = {"xla_gpu_graph_min_graph_size": 1 << 30}
-        compiled = jax.jit(run).lower(*operands).compile(compiler_options=options)
-        times = []
-        for _ in range(100):
-            start = time.perf_counter()
-            out = compiled(*operands)
-            times.append(1e6 * (time.perf_counter() - start))
-            jax.block_until_ready(out)
-        return statistics.median(times)
-
-    return (enqueued(36) - enqueued(4)) / 32
+    return run, (
+        [jnp.ones((1, 1, heads, _ROW), jnp.bfloat16)] * count,
+        jnp.ones((1, _PAGE, _ROW), jnp.bfloat16),
+        jnp.zeros((1, 1), jnp.int32),
+        jnp.ones(1, jnp.int32),
+    )
 
 
 def main() -> None:
@@ -152,7 +139,7 @@ def main() -> None:
     timings = timing.measure([*yardsticks, *rows, _append_row(pages)])
     timing.show(timings)
     marks = {str(case): case.mark for case in CASES}
-    host = {heads: _host_us(heads) for heads in (16, 128)}
+    host = {heads: timing.host_us(functools.partial(_decodes, heads)) for heads in (16, 128)}
     notes = {"marks_us": marks, "host": {"host_us_per_call": max(host.values())}}
     timing.save("flash_mla", timings, notes)
     print("mark / time")

@@ -8,7 +8,6 @@ padded values, where only 128 columns count. Marks: the best published library, 
 import dataclasses
 import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,26 +107,16 @@ def rows(shape: tuple[int, int, int]) -> list[timing.Row]:
     return result
 
 
-def _enqueued_us(attention: Callable[..., Any], count: int, repeats: int = 200) -> float:
-    """Median time to enqueue a program of so many calls."""
+def _calls(attention: Callable[..., Any], count: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A program of so many small calls, and its operands."""
     keys = jax.random.split(jax.random.key(0), count)
     queries = [_operands((1, 64, 2), (192,), key)[0] for key in keys]
     _, k, v = _operands((1, 64, 2), (192, 192, 128), keys[0])
 
-    @jax.jit
     def run(queries: list[Array], k: Array, v: Array) -> Any:
         return [attention(q, k, v) for q in queries]
 
-    options = {"xla_gpu_graph_min_graph_size": 1 << 30}
-    compiled = run.lower(queries, k, v).compile(compiler_options=options)
-    times = []
-    for _ in range(repeats):
-        jax.block_until_ready(compiled(queries, k, v))
-        start = time.perf_counter()
-        out = compiled(queries, k, v)
-        times.append(1e6 * (time.perf_counter() - start))
-        jax.block_until_ready(out)
-    return statistics.median(times)
+    return run, (queries, k, v)
 
 
 def host() -> dict[str, float]:
@@ -136,16 +125,13 @@ def host() -> dict[str, float]:
     def gradient(q: Array, k: Array, v: Array) -> Any:
         return jax.vjp(_ours, q, k, v)[1](v)
 
-    def call_us(attention: Callable[..., Any]) -> float:
-        return (_enqueued_us(attention, 36) - _enqueued_us(attention, 4)) / 32
-
     kernels = [spec for _, spec in native.module().kernels() if "Config{192, 64" in spec.entry]
     seconds = [native.module().compile(spec, False)["seconds"] for spec in kernels]
-    forward = call_us(_ours)
+    forward = timing.host_us(functools.partial(_calls, _ours))
     return {
         "host_us_per_call": forward,
         # Its four kernels, and what XLA adds for the cotangent of lse.
-        "host_us_per_gradient": call_us(gradient) - forward,
+        "host_us_per_gradient": timing.host_us(functools.partial(_calls, gradient)) - forward,
         "compile_s_median": statistics.median(seconds),
         "compile_s_max": max(seconds),
     }

@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,10 @@ from jax_ds._runtime.profile import Launch
 RESULTS = pathlib.Path(__file__).parent / "results"
 _L2_BYTES = 60 << 20
 _MAX_COPIES = 64
+_HOST_ROUNDS = 200
+# Options of XLA: every call is launched by itself. A command buffer would hide which program a
+# kernel belongs to, and what a call costs the host.
+NO_COMMAND_BUFFERS = {"xla_gpu_graph_min_graph_size": 1 << 30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +109,7 @@ def _compile(row: Row, label: str) -> Callable[..., Any]:
         return row.function(*operands)
 
     call.__name__ = label
-    # A command buffer would hide which program a kernel belongs to.
-    return (
-        jax.jit(call)
-        .lower(*row.operands[0])
-        .compile(compiler_options={"xla_gpu_graph_min_graph_size": 1 << 30})
-    )
+    return jax.jit(call).lower(*row.operands[0]).compile(compiler_options=NO_COMMAND_BUFFERS)
 
 
 def _timing(row: Row, launches: Sequence[Launch], rounds: int) -> Timing:
@@ -134,6 +134,28 @@ def _busy(call: Sequence[Launch]) -> float:
         total += max(0.0, end - max(launch.start_ns, until))
         until = max(until, end)
     return total
+
+
+def host_us(program: Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]) -> float:
+    """Microseconds that a warm call takes on the host: what 32 calls more take to enqueue.
+
+    `program(n)`: a function of n calls, no two of the same operands, and its operands.
+    """
+
+    def enqueued(calls: int) -> float:
+        function, operands = program(calls)
+        lowered = jax.jit(function).lower(*operands)
+        compiled = lowered.compile(compiler_options=NO_COMMAND_BUFFERS)
+        jax.block_until_ready(compiled(*operands))
+        times = []
+        for _ in range(_HOST_ROUNDS):
+            start = time.perf_counter()
+            out = compiled(*operands)
+            times.append(1e6 * (time.perf_counter() - start))
+            jax.block_until_ready(out)
+        return statistics.median(times)
+
+    return (enqueued(36) - enqueued(4)) / 32
 
 
 def machine() -> dict[str, str]:
