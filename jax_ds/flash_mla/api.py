@@ -142,7 +142,7 @@ def explain(
     """
     check_rank("q", q, 4)
     check_rank("kv_pages", kv_pages, 3)
-    reason = ffi.decode_unsupported(q, kv_pages, value_dim)
+    reason = ffi.decode_unsupported(kv_pages, value_dim)
     if implementation == "xla" or reason is not None:
         return f"portable implementation: {reason or 'asked for'}"
     batch, tokens, heads, _ = q.shape
@@ -277,14 +277,14 @@ def prefill(
 
 
 def _decode_forward(config: DecodeConfig, *operands: Any) -> Any:
-    q, kv_pages, *_ = operands
+    kv_pages = operands[1]
     return choose(
         "flash_mla.decode",
         config.implementation,
         operands,
         xla=functools.partial(xla.decode, config),
         cuda=functools.partial(ffi.decode, config),
-        unsupported=ffi.decode_unsupported(q, kv_pages, config.value_dim),
+        unsupported=ffi.decode_unsupported(kv_pages, config.value_dim),
     )
 
 

@@ -24,8 +24,8 @@ _NARROW_ROWS, _WIDE_ROWS = 32, 64
 _PREFILL_HEADS = ((192, 64, 128), (192, 0, 128), (128, 0, 128), (64, 0, 64))
 
 
-def decode_unsupported(q: Array, kv_pages: Array, value_dim: int) -> str | None:
-    """Why the decode kernels cannot take these operands; None if they can."""
+def decode_unsupported(kv_pages: Array, value_dim: int) -> str | None:
+    """Why the decode kernels cannot take these pages; None if they can."""
     return append_unsupported(kv_pages) or (
         f"the kernels take value_dim {_VALUE}, got {value_dim}" if value_dim != _VALUE else None
     )

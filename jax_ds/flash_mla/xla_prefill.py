@@ -112,7 +112,7 @@ def prefill_backward(
             dscores = (config.scale * dscores).astype(q.dtype)
             dvalues = product("bgrl,bgrv->bglv", probabilities.astype(q.dtype), drow)
             dnope, drope = _key_gradients(shape, row, dscores)
-            dq_tile = gradients[0] + _row_gradients(shape, dscores, tile_keys)
+            dq_tile = gradients[0] + _row_gradients(dscores, tile_keys)
             return dq_tile, _add_at(gradients[1], j, Keys(dnope, drope, dvalues))
 
         dq_tile = to_varying(jnp.zeros(row.shape, jnp.float32), axes)
@@ -265,7 +265,7 @@ def _scores(config: PrefillConfig, shape: Shape, rows: Array, keys: Keys) -> Arr
     return config.scale * (scores + product("bgrd,bld->bgrl", rope, keys.rope))
 
 
-def _row_gradients(shape: Shape, dscores: Array, keys: Keys) -> Array:
+def _row_gradients(dscores: Array, keys: Keys) -> Array:
     dnope = product("bgrl,bgld->bgrd", dscores, keys.nope)
     if keys.rope is None:
         return dnope

@@ -2,14 +2,13 @@
 
 import itertools
 import os
-import pathlib
-import socket
 import subprocess
 import sys
 
 import pytest
 
 from jax_ds import doctor
+from jax_ds._core import processes
 from jax_ds.doctor import bringup, launch
 from jax_ds.doctor.bringup import Measured
 
@@ -111,9 +110,7 @@ def test_a_rate_that_cannot_be_reached_is_a_problem() -> None:
 
 @pytest.mark.slow
 def test_ranks_that_do_not_come_are_missed() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{processes.free_port()}"
     command = [sys.executable, "-m", "jax_ds.doctor", "--ranks", "2", "--rank", "0"]
     command += ["--coordinator", address, "--timeout", "3"]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=60)
@@ -123,11 +120,9 @@ def test_ranks_that_do_not_come_are_missed() -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_stops_is_named(tmp_path: pathlib.Path) -> None:
+def test_a_rank_that_stops_is_named() -> None:
     """Rank 1 joins and then does nothing: rank 0 says so and ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{processes.free_port()}"
     idle = f"""
 import time, jax
 jax.distributed.initialize({address!r}, 2, 1)

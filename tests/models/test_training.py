@@ -107,7 +107,7 @@ def test_the_compiled_step_gathers_no_operand(fp8: dict[str, Any]) -> None:
     assert not re.findall(whole, text), "all experts in one place"
 
 
-def test_evaluation_equals_the_loss_of_a_step(fp8: dict[str, Any], one_device: Any) -> None:
+def test_evaluation_equals_the_loss_of_a_step(one_device: Any) -> None:
     mesh, axis = tiny.mesh(1)
     config = tiny.config(axis_name=axis)
     params = models.init_state(config, tiny.TRAIN, mesh, seed=0).params
