@@ -49,9 +49,9 @@ def test_parts_use_the_visible_gpus(
     )
     options = argparse.Namespace(nccl="", timeout=1)
     held = {gpu: threading.Lock() for gpu in run.visible_gpus()}
-    for name in run.RUNS:
-        run._part(name, held, options)
+    parts = [run._part(name, held, options) for name in run.RUNS]
     assert seen == [{"CUDA_VISIBLE_DEVICES": names} for names in devices]
+    assert [part.gpus for part in parts] == [len(names.split(",")) for names in devices]
 
 
 def test_a_part_waits_for_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ class Run:
     seconds: float
     outcomes: dict[str, str]  # "passed", "skipped: why" or "failed: how", by test
     slowest: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of a few tests
+    gpus: int = 1  # that the ranks had
 
     def count(self, outcome: str) -> int:
         return sum(value.startswith(outcome) for value in self.outcomes.values())
@@ -98,8 +99,10 @@ def _part(name: str, gpus: dict[str, threading.Lock], options: argparse.Namespac
         for gpu in sorted(devices):
             held.enter_context(gpus[gpu])
         if ranks == 1:
-            return _one_process(options.nccl, environment, [])
-        return _ranks(ranks, nodes, environment, options)
+            run = _one_process(options.nccl, environment, [])
+        else:
+            run = _ranks(ranks, nodes, environment, options)
+    return dataclasses.replace(run, gpus=len(devices))
 
 
 def _devices(ranks: int, nodes: int, gpus: list[str]) -> list[str]:
@@ -206,7 +209,7 @@ def _record(digest: str, machine: dict[str, Any], runs: dict[str, Run]) -> None:
         PENDING.unlink(missing_ok=True)
     for name, run in runs.items():
         counts = ", ".join(f"{run.count(what)} {what}" for what in ("passed", "failed", "skipped"))
-        print(f"{name}: {counts} in {run.seconds} s, status {run.status}")
+        print(f"{name}, {run.gpus} GPUs: {counts} in {run.seconds} s, status {run.status}")
         for test, seconds in run.slowest.items():
             print(f"  {seconds:6.1f} s  {test}", flush=True)
 
