@@ -7,6 +7,7 @@ that of low latency, with more that of dispatch; `-k` may choose.
 import functools
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +37,31 @@ def _mesh(ranks: int) -> jax.sharding.Mesh:
     return jax.make_mesh((ranks,), ("ep",), axis_types=(AxisType.Auto,))
 
 
+def _stop_the_last(
+    ranks: int,
+    operation: str,
+    send: Callable[[int], Array],
+    is_poison: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """All ranks come to `send(0)`, the last one no more: what the others get, and are told."""
+    jax.block_until_ready(send(0))
+    deep_ep.check()
+    last = ranks - 1
+    limit = float(os.environ["JAX_DS_TIMEOUT_S"])
+    if jax.process_index() == last:
+        time.sleep(limit + 4)
+        return
+    start = time.monotonic()
+    result = jax.block_until_ready(send(1)).addressable_shards[0].data
+    assert limit * 0.9 < time.monotonic() - start < limit + 3
+    assert is_poison(np.asarray(result)).all()
+    sentence = f"{operation}, rank {jax.process_index()}, round .*: waited in vain for rank {last}"
+    with pytest.raises(RuntimeError, match=sentence):
+        deep_ep.check()
+    with pytest.raises(Exception, match=sentence):
+        jax.block_until_ready(send(2))
+
+
 def test_a_rank_stopped_in_dispatch(ranks: int, request: pytest.FixtureRequest) -> None:
     """The last rank does not come to the second round."""
     mesh = _mesh(ranks)
@@ -60,24 +86,12 @@ def test_a_rank_stopped_in_dispatch(ranks: int, request: pytest.FixtureRequest) 
         return deep_ep.dispatch(x, plan, implementation="cuda", num_sms=2)[None]
 
     operands = jax.block_until_ready(make(jax.random.key(3)))
-    jax.block_until_ready(send(*operands))
-    deep_ep.check()
-    last = ranks - 1
-    limit = float(os.environ["JAX_DS_TIMEOUT_S"])
-    if jax.process_index() == last:
-        time.sleep(limit + 4)
-        return
-    start = time.monotonic()
-    poisoned = jax.block_until_ready(send(*operands)).addressable_shards[0].data
-    assert limit * 0.9 < time.monotonic() - start < limit + 3
-    assert np.isnan(np.asarray(poisoned, np.float32)).all()
-    sentence = (
-        f"deep_ep.dispatch, rank {jax.process_index()}, round .*: waited in vain for rank {last}"
+    _stop_the_last(
+        ranks,
+        "deep_ep.dispatch",
+        lambda _: send(*operands),
+        lambda rows: np.isnan(rows.astype(np.float32)),
     )
-    with pytest.raises(RuntimeError, match=sentence):
-        deep_ep.check()
-    with pytest.raises(Exception, match=sentence):
-        jax.block_until_ready(send(*operands))
 
 
 def test_a_rank_stopped_in_low_latency(ranks: int, request: pytest.FixtureRequest) -> None:
@@ -109,23 +123,10 @@ def test_a_rank_stopped_in_low_latency(ranks: int, request: pytest.FixtureReques
         y = deep_ep.low_latency_combine_finish(sent_back)
         return jnp.where(jnp.isnan(y), counts[0], 0)
 
-    jax.block_until_ready(send(jax.random.key(0)))
-    deep_ep.check()
-    last = ranks - 1
-    limit = float(os.environ["JAX_DS_TIMEOUT_S"])
-    if jax.process_index() == last:
-        time.sleep(limit + 4)
-        return
-    start = time.monotonic()
-    poisoned = jax.block_until_ready(send(jax.random.key(1))).addressable_shards[0].data
-    assert limit * 0.9 < time.monotonic() - start < limit + 3
-    # All results are NaN, and all rows of an expert count.
-    assert (np.asarray(poisoned) == ranks * sizes.tokens).all()
-    sentence = (
-        f"deep_ep.low_latency_dispatch, rank {jax.process_index()}, round .*: "
-        f"waited in vain for rank {last}"
+    _stop_the_last(
+        ranks,
+        "deep_ep.low_latency_dispatch",
+        lambda turn: send(jax.random.key(turn)),
+        # All results are NaN, and all rows of an expert count.
+        lambda counts: counts == ranks * sizes.tokens,
     )
-    with pytest.raises(RuntimeError, match=sentence):
-        deep_ep.check()
-    with pytest.raises(Exception, match=sentence):
-        jax.block_until_ready(send(jax.random.key(2)))
