@@ -1,9 +1,7 @@
 #include "comm/device.h"
 
-#include <array>
 #include <atomic>
 #include <memory>
-#include <mutex>
 
 #include "support/driver.h"
 #include "support/per_device.h"
@@ -11,15 +9,9 @@
 namespace jax_ds::comm {
 namespace {
 
-struct Records {
-  std::array<std::once_flag, kMaxDevices> once;
-  std::array<std::unique_ptr<ErrorOr<DeviceRecord>>, kMaxDevices> made;
-  PerDevice<const DeviceRecord*> ready = {};
-};
-
 // Kept to the end of the process: XLA may replay a graph that holds these addresses.
-Records& ProcessRecords() {
-  static Records* const records = new Records;
+PerDevice<const DeviceRecord*>& ProcessRecords() {
+  static auto* const records = new PerDevice<const DeviceRecord*>{};
   return *records;
 }
 
@@ -74,15 +66,15 @@ std::chrono::nanoseconds Timeout() { return std::chrono::nanoseconds(timeout_ns.
 
 ErrorOr<const DeviceRecord*> GetDeviceRecord(int ordinal) {
   JAX_DS_RETURN_IF_ERROR(CheckOrdinal(ordinal));
-  Records& records = ProcessRecords();
-  std::call_once(records.once[ordinal], [&] {
-    auto& made = records.made[ordinal];
-    made = std::make_unique<ErrorOr<DeviceRecord>>(Make(ordinal));
-    if (!made->has_error()) records.ready[ordinal].store(&made->value());
-  });
-  const DeviceRecord* record = records.ready[ordinal].load();
-  if (record == nullptr) return records.made[ordinal]->error();
-  return record;
+  std::atomic<const DeviceRecord*>& record = ProcessRecords()[ordinal];
+  const DeviceRecord* first = record.load();
+  if (first != nullptr) return first;
+  JAX_DS_ASSIGN_OR_RETURN(DeviceRecord made, Make(ordinal));
+  auto mine = std::make_unique<const DeviceRecord>(made);
+  // No lock while CUDA allocates. Where two threads made one, the first serves both, and the
+  // other's few bytes stay allocated.
+  if (record.compare_exchange_strong(first, mine.get())) return mine.release();
+  return first;
 }
 
 std::string Describe(const Failure& failure) {
@@ -109,8 +101,8 @@ Error CheckDevice(const DeviceRecord& record) {
 
 std::vector<std::string> Failures() {
   std::vector<std::string> failures;
-  for (const auto& ready : ProcessRecords().ready) {
-    const DeviceRecord* record = ready.load();
+  for (const auto& made : ProcessRecords()) {
+    const DeviceRecord* record = made.load();
     if (record != nullptr && Complete(*record->failure)) {
       failures.push_back(Describe(*record->failure));
     }

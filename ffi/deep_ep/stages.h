@@ -48,13 +48,6 @@ Target ExchangeTarget(const char* name, XLA_FFI_Handler* instantiate) {
           ExecuteStage<execute>};
 }
 
-inline int Int(int64_t value) { return static_cast<int>(value); }
-
-template <typename T>
-T* Pointer(const AnyBuffer& buffer) {
-  return static_cast<T*>(buffer.untyped_data());
-}
-
 inline int64_t PayloadBytes(const Record& record) { return record.vectors * int64_t{16}; }
 
 // `name` must hold `count` tokens of the record's payload, and `more` bytes.

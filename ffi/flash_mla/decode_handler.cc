@@ -8,6 +8,7 @@
 #include "jit/compiler.h"
 #include "jit/launch.h"
 #include "jit/tensor_map.h"
+#include "kernels/constants.h"
 #include "support/driver.h"
 #include "support/per_device.h"
 #include "support/shape.h"
@@ -138,7 +139,7 @@ ErrorOr<DecodeParams> MakeParams(const DecodeState& state, const DecodeLaunch& l
   params.num_groups = launch.num_groups;
   params.row_groups = launch.row_groups;
   params.causal = state.causal;
-  params.scale_log2 = state.scale * 1.4426950408889634f;
+  params.scale_log2 = state.scale * kLog2e;
   return params;
 }
 

@@ -5,6 +5,7 @@
 #include "flash_mla/prefill_backward_handler.h"
 #include "flash_mla/prefill_operands.h"
 #include "jit/compiler.h"
+#include "kernels/constants.h"
 #include "support/stages.h"
 
 namespace jax_ds::flash_mla {
@@ -56,7 +57,7 @@ Error Execute(PrefillState* state, int32_t ordinal, cuda::Stream stream, AnyBuff
   params.lse = static_cast<float*>(lse->untyped_data());
   params.queries = o.OverQueries();
   params.kv_heads = static_cast<int>(o.kv_heads);
-  params.scale_log2 = state->scale * 1.4426950408889634f;
+  params.scale_log2 = state->scale * kLog2e;
   if (state->attributes.packed) {
     JAX_DS_ASSIGN_OR_RETURN(ffi::Result<AnyBuffer> memory, lists.get<AnyBuffer>(0));
     JAX_DS_RETURN_IF_ERROR(LaunchPack(*state->pack, ordinal, stream, o, state->attributes.causal,

@@ -54,8 +54,6 @@ struct Pipeline {
   // Arrives, announcing the bytes that are to come.
   JAX_DS_DEVICE void commit(u32 bytes) const { mbarrier_arrive_expect_tx(full(), bytes); }
   JAX_DS_DEVICE void wait() const { mbarrier_wait(full(), state.phase); }
-  // Whether wait() would return at once. Asking early hides the barrier's latency.
-  JAX_DS_DEVICE bool filled() const { return mbarrier_test_wait(full(), state.phase); }
   JAX_DS_DEVICE void release() const { mbarrier_arrive(empty()); }
   JAX_DS_DEVICE void advance() { state.advance(); }
 };

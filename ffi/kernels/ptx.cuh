@@ -88,11 +88,6 @@ JAX_DS_DEVICE void barrier_cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
-// Orders no memory: for barriers initialised under fence_mbarrier_init.
-JAX_DS_DEVICE void barrier_cluster_arrive_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
 JAX_DS_DEVICE void barrier_cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -106,9 +101,6 @@ JAX_DS_DEVICE void cluster_sync() {
 JAX_DS_DEVICE void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-
-// The same for global memory too (after an acquire, before TMA reads what another SM stored).
-JAX_DS_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Makes mbarrier.init visible to the cluster and to the async proxy.
 JAX_DS_DEVICE void fence_mbarrier_init() {
@@ -201,10 +193,6 @@ JAX_DS_DEVICE void st_global_v2_f32(float* pointer, float a, float b) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(pointer), "f"(a), "f"(b) : "memory");
 }
 
-JAX_DS_DEVICE void red_global_add_v2_f32(float* pointer, float a, float b) {
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(pointer), "f"(a), "f"(b) : "memory");
-}
-
 JAX_DS_DEVICE void st_shared_v2_f32(u32 address, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
 }
@@ -213,12 +201,6 @@ JAX_DS_DEVICE void st_shared_v2_f32(u32 address, float a, float b) {
 JAX_DS_DEVICE void stmatrix_x4(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
-JAX_DS_DEVICE void stmatrix_x2(u32 address, u32 a, u32 b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a),
-               "r"(b)
                : "memory");
 }
 
@@ -304,16 +286,6 @@ JAX_DS_DEVICE float lg2(float x) {
 }
 
 // ---- synchronisation through global memory -----------------------------------------------------
-
-JAX_DS_DEVICE u32 ld_acquire_gpu(const u32* pointer) {
-  u32 value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
-  return value;
-}
-
-JAX_DS_DEVICE void red_release_gpu_add(u32* pointer, u32 value) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
-}
 
 JAX_DS_DEVICE u32 atom_acq_rel_gpu_add(u32* pointer, u32 value) {
   u32 old;

@@ -60,65 +60,15 @@ JAX_DS_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, u64
       : "memory");
 }
 
-JAX_DS_DEVICE void tma_load_3d_multicast(void* shared, const TensorMap* map, u64* barrier, u16 mask,
-                                         int x, int y, int z, CachePolicy policy = kEvictNormal) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster.L2::cache_hint [%0], [%1, {%4, %5, %6}], [%2], %3, %7;" ::"r"(
-          shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "h"(mask), "r"(x), "r"(y), "r"(z), "l"(policy)
-      : "memory");
-}
-
-JAX_DS_DEVICE void tma_load_4d_multicast(void* shared, const TensorMap* map, u64* barrier, u16 mask,
-                                         int x, int y, int z, int w,
-                                         CachePolicy policy = kEvictNormal) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster.L2::cache_hint [%0], [%1, {%4, %5, %6, %7}], [%2], %3, %8;" ::"r"(
-          shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "h"(mask), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
-      : "memory");
-}
-
 // Brings a tile into L2 only.
-JAX_DS_DEVICE void tma_prefetch_2d(const TensorMap* map, int x, int y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x),
-               "r"(y)
-               : "memory");
-}
-
-JAX_DS_DEVICE void tma_prefetch_3d(const TensorMap* map, int x, int y, int z) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(x),
-               "r"(y), "r"(z)
-               : "memory");
-}
-
 JAX_DS_DEVICE void tma_prefetch_4d(const TensorMap* map, int x, int y, int z, int w) {
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map),
                "r"(x), "r"(y), "r"(z), "r"(w)
                : "memory");
 }
 
-// `bytes` contiguous bytes (a multiple of 16, both addresses too), no tensor map.
-JAX_DS_DEVICE void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
-
-// ---- tiles out of shared memory; completion through this thread's bulk groups
-// -------------------- Before: fence_proxy_async_shared() in each thread that wrote the tile, then
-// a barrier.
-
-JAX_DS_DEVICE void tma_store_2d(const TensorMap* map, const void* shared, int x, int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-      "r"(shared_address(shared)), "r"(x), "r"(y)
-      : "memory");
-}
+// ---- tiles out of shared memory; completion through this thread's bulk groups ------------------
+// Before: fence_proxy_async_shared() in each thread that wrote the tile, then a barrier.
 
 JAX_DS_DEVICE void tma_store_3d(const TensorMap* map, const void* shared, int x, int y, int z) {
   asm volatile(
@@ -135,12 +85,6 @@ JAX_DS_DEVICE void tma_reduce_add_3d(const TensorMap* map, const void* shared, i
       "[%1];" ::"l"(map),
       "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z)
       : "memory");
-}
-
-JAX_DS_DEVICE void bulk_store(void* global, const void* shared, u32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
-               "r"(shared_address(shared)), "r"(bytes)
-               : "memory");
 }
 
 JAX_DS_DEVICE void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

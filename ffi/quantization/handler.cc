@@ -64,7 +64,7 @@ Error ExecuteRows(RowsState* state, int32_t ordinal, cuda::Stream stream, AnyBuf
   RowsParams params = {};
   params.x = x.untyped_data();
   params.values = values->untyped_data();
-  params.scales = static_cast<float*>(scales->untyped_data());
+  params.scales = Pointer<float>(*scales);
   params.ue8m0 = state->ue8m0;
   if (rest.size() > 0) {
     JAX_DS_ASSIGN_OR_RETURN(params.num_rows, Counts("num_rows", rest, 1, batch));
@@ -121,7 +121,7 @@ Error TakeColumns(const TilesState& state, const ffi::RemainingRets& rets, Tiles
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("columns.scales", *scales, DataType::F32,
                                      {square ? Blocks128(k) : k, Blocks128(p)}));
   params->column_values = values->untyped_data();
-  params->column_scales = static_cast<float*>(scales->untyped_data());
+  params->column_scales = Pointer<float>(*scales);
   return Error::Success();
 }
 
@@ -140,7 +140,7 @@ Error ExecuteTiles(TilesState* state, int32_t ordinal, cuda::Stream stream, AnyB
   TilesParams params = {};
   params.x = x.untyped_data();
   params.row_values = values->untyped_data();
-  params.row_scales = static_cast<float*>(scales->untyped_data());
+  params.row_scales = Pointer<float>(*scales);
   params.ue8m0 = state->ue8m0;
   if (plan.blocks != Blocks::kSquare) {
     JAX_DS_RETURN_IF_ERROR(TakeColumns(*state, columns, &params));
@@ -149,7 +149,7 @@ Error ExecuteTiles(TilesState* state, int32_t ordinal, cuda::Stream stream, AnyB
   params.num_groups = -1;
   if (grouped) {
     JAX_DS_ASSIGN_OR_RETURN(AnyBuffer sizes, rest.get<AnyBuffer>(0));
-    params.num_groups = static_cast<int>(sizes.dimensions().back());
+    params.num_groups = Int(sizes.dimensions().back());
     JAX_DS_ASSIGN_OR_RETURN(params.group_sizes,
                             Counts("group_sizes", rest, params.num_groups, batch));
   } else if (state->p != (square ? m : Blocks128(m) * kBlock)) {

@@ -13,6 +13,14 @@ namespace jax_ds {
 using xla::ffi::AnyBuffer;
 using xla::ffi::DataType;
 
+// Sizes and pointers as kernels take them.
+inline int Int(int64_t value) { return static_cast<int>(value); }
+
+template <typename T>
+T* Pointer(const AnyBuffer& buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks of 128 that cover `size`: scales along a dimension.

@@ -4,6 +4,7 @@
 
 #include "deep_ep/kernels/low_latency_params.h"
 #include "deep_ep/kernels/records.cuh"
+#include "kernels/warp.cuh"
 
 namespace jax_ds::deep_ep {
 
@@ -57,12 +58,7 @@ struct SlotSets {
     for (int base = 0; base < groups; base += 32) {
       const int g = base + lane;
       const u32 mine = g < groups ? __popc(bits[set * groups + g]) : 0;
-      u32 sum = mine;
-#pragma unroll
-      for (int i = 1; i < 32; i *= 2) {
-        const u32 lower = __shfl_up_sync(kAllLanes, sum, i);
-        if (lane >= i) sum += lower;
-      }
+      const u32 sum = warp_inclusive_sum(mine);
       if (g < groups) before[set * groups + g] = total + sum - mine;
       total += __shfl_sync(kAllLanes, sum, 31);
     }

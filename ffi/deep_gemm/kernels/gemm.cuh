@@ -25,13 +25,13 @@ namespace jax_ds::deep_gemm {
 // partial = lhs tile * rhs tile^T over one stage, asynchronously. Takes their wgmma addresses.
 template <int kN>
 JAX_DS_DEVICE void multiply(float (&partial)[kN / 2], u32 lhs, u32 rhs) {
-  wgmma_fence();
+  wgmma::fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    WgmmaE4m3<kN>::mma(partial, wgmma_descriptor(lhs + 2 * k), wgmma_descriptor(rhs + 2 * k),
-                       k > 0);
+    WgmmaE4m3<kN>::mma(partial, wgmma::with_low_word(lhs + 2 * k),
+                       wgmma::with_low_word(rhs + 2 * k), k > 0);
   }
-  wgmma_commit_group();
+  wgmma::commit_group();
 }
 
 // Arrives, for this warp, on the slot's barrier in every CTA that fills it.
@@ -90,7 +90,7 @@ JAX_DS_DEVICE void accumulate(const Storage<kConfig>& s, Pipeline<kConfig.stages
       }
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
-        d + 1 < kDepth ? wgmma_wait_group<1>() : wgmma_wait_group<0>();
+        d + 1 < kDepth ? wgmma::wait_group<1>() : wgmma::wait_group<0>();
         // Its scales are in registers: the slot may be overwritten.
         if (wave == kWaves - 1) release_next();
         scales[wave][d].promote(total[wave], partial[d], split);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "deep_gemm/kernels/storage.cuh"
-#include "kernels/ptx.cuh"
+#include "kernels/warp.cuh"
 
 namespace jax_ds::deep_gemm {
 
@@ -24,16 +24,6 @@ struct Tile {
 template <Config kConfig>
 JAX_DS_DEVICE int first_scale(const Params& p, int row) {
   return kConfig.mode == kGrouped && p.m % 4 == 0 ? row / 4 * 4 : row;
-}
-
-// Sums `values` over the warp, inclusively.
-JAX_DS_DEVICE int warp_inclusive_sum(int value) {
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, value, distance);
-    if (lane_id() >= distance) value += other;
-  }
-  return value;
 }
 
 // One warp fills ends[g]: masked: rows of group g; grouped: end of its rows; wgrad: end of its

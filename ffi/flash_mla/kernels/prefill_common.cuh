@@ -2,6 +2,7 @@
 #pragma once
 
 #include "flash_mla/kernels/prefill_slabs.h"
+#include "kernels/constants.h"
 #include "kernels/pipeline.cuh"
 #include "kernels/tma.cuh"
 #include "kernels/wgmma_bf16.cuh"
@@ -9,7 +10,6 @@
 namespace jax_ds::flash_mla {
 
 inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
-inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
 // A value on which the warp agrees, in a uniform register: what is computed from it, operand

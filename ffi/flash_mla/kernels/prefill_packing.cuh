@@ -4,7 +4,7 @@
 #pragma once
 
 #include "flash_mla/kernels/prefill_packing.h"
-#include "kernels/ptx.cuh"
+#include "kernels/warp.cuh"
 
 namespace jax_ds::flash_mla {
 
@@ -17,11 +17,7 @@ struct PackStorage {
 template <typename Operation>
 JAX_DS_DEVICE int block_scan(int value, int* warps, Operation operation) {
   const u32 lane = lane_id(), warp = threadIdx.x / 32;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int before = __shfl_up_sync(0xffffffffu, value, step);
-    if (lane >= step) value = operation(before, value);
-  }
+  value = warp_inclusive_scan(value, operation);
   if (lane == 31) warps[warp] = value;
   __syncthreads();
   for (u32 w = warp; w-- > 0;) value = operation(warps[w], value);

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "flash_mla/kernels/params.h"
-#include "kernels/ptx.cuh"
+#include "kernels/warp.cuh"
 
 namespace jax_ds::flash_mla {
 
@@ -33,14 +33,6 @@ struct Schedule {
   bool dealt;           // whether positions count `requests`, not all requests
   int requests[kMaxDealt + 1];
 };
-
-JAX_DS_DEVICE int warp_inclusive_sum(int value) {
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int below = __shfl_up_sync(0xffffffffu, value, offset);
-    if (lane_id() >= offset) value += below;
-  }
-  return value;
-}
 
 JAX_DS_DEVICE int warp_max(int value) { return __reduce_max_sync(0xffffffffu, value); }
 

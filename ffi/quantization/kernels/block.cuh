@@ -4,6 +4,7 @@
 //   value = e4m3(x / scale), IEEE division, round to nearest even
 #pragma once
 
+#include "kernels/constants.h"
 #include "kernels/ptx.cuh"
 #include "quantization/kernels/params.h"
 
@@ -47,11 +48,7 @@ struct Word<Input::kBfloat16> {
     return largest;
   }
   // The elements times 2^-64.
-  static JAX_DS_DEVICE u32 prescale(u32 word) {
-    u32 product;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(word), "r"(0x1f801f80u));
-    return product;
-  }
+  static JAX_DS_DEVICE u32 prescale(u32 word) { return mul_bf16x2(word, 0x1f801f80u); }
   // The larger element's magnitude as float bits.
   static JAX_DS_DEVICE u32 fold(u32 magnitude) {
     return ::max(magnitude << 16, magnitude & 0xffff0000u);
@@ -147,7 +144,6 @@ JAX_DS_DEVICE float reciprocal(float x) {
 
 // silu(gate) * up in float32. Where exp overflows, silu is zero.
 JAX_DS_DEVICE float swiglu(float gate, float up) {
-  constexpr float kLog2e = 1.4426950408889634f;
   return gate * reciprocal(1.0f + ex2(gate * -kLog2e)) * up;
 }
 

@@ -1,0 +1,9 @@
+// Numbers that kernels and the host code that fills in their parameters share.
+#pragma once
+
+namespace jax_ds {
+
+// exp(x) = 2^(x log2(e)), and the GPU computes powers of two.
+inline constexpr float kLog2e = 1.4426950408889634f;
+
+}  // namespace jax_ds
