@@ -19,8 +19,6 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr bool kOverlapPrevious = true;
-
 // ---- decode: q [B, S, H, 576], pages [P, L, 576], table [B, N], lengths [B] -> out, lse, and as
 // ---- workspace the parts of split requests, their lse, and how requests were shared out
 
@@ -65,6 +63,17 @@ Error Initialize(DecodeState* state, int32_t ordinal) {
   return Error::Success();
 }
 
+// Kernels count rows, and the tokens of a request, in 32 bits; the latter a few blocks past the
+// end.
+constexpr int64_t kMaxRows = int64_t{1} << 31, kMaxTokens = int64_t{1} << 30;
+
+Error CheckTable(const AnyBuffer& table, int64_t page_size) {
+  const int64_t tokens = table.dimensions()[1] * page_size;
+  if (tokens <= kMaxTokens) return Error::Success();
+  return InvalidArgument("page_table: N times the page size must be at most 2^30, got " +
+                         std::to_string(tokens));
+}
+
 struct Buffers {
   AnyBuffer q, pages, table, lengths;
   AnyBuffer out, lse, partial_out, partial_lse, parts;
@@ -89,10 +98,10 @@ Error CheckBuffers(const DecodeState& state, const Buffers& b) {
     return InvalidArgument("kv_pages: page size must be 16, 32 or a multiple of 64, got " +
                            std::to_string(page_size));
   }
-  if (b.pages.dimensions()[0] * page_size > int64_t{1} << 31 || B * S * H > int64_t{1} << 31) {
-    return InvalidArgument("kv_pages, q: more rows than 2^31");
+  if (b.pages.dimensions()[0] * page_size >= kMaxRows || B * S * H >= kMaxRows) {
+    return InvalidArgument("kv_pages, q: must have less than 2^31 rows");
   }
-  return Error::Success();
+  return CheckTable(b.table, page_size);
 }
 
 Error EncodeMaps(const DecodeConfig& c, const Buffers& b, int box_tokens, DecodeParams* params) {
@@ -147,6 +156,7 @@ Error Execute(DecodeState* state, int32_t ordinal, cuda::Stream stream, AnyBuffe
               AnyBuffer pages, AnyBuffer table, AnyBuffer lengths, ffi::Result<AnyBuffer> out,
               ffi::Result<AnyBuffer> lse, ffi::Result<AnyBuffer> partial_out,
               ffi::Result<AnyBuffer> partial_lse, ffi::Result<AnyBuffer> parts) {
+  JAX_DS_RETURN_IF_ERROR(CheckOrdinal(ordinal));
   const Buffers buffers = {q,    pages,        table,        lengths, *out,
                            *lse, *partial_out, *partial_lse, *parts};
   JAX_DS_RETURN_IF_ERROR(CheckBuffers(*state, buffers));
@@ -158,9 +168,9 @@ Error Execute(DecodeState* state, int32_t ordinal, cuda::Stream stream, AnyBuffe
                            " rows, got " + std::to_string(partial_out->dimensions()[0]));
   }
   JAX_DS_ASSIGN_OR_RETURN(DecodeParams params, MakeParams(*state, launch, buffers));
-  JAX_DS_RETURN_IF_ERROR(jit::Launch(*state->decode, ordinal, stream,
-                                     {{launch.grid}, {launch.block}, {}, kOverlapPrevious},
-                                     params));
+  JAX_DS_RETURN_IF_ERROR(jit::Launch(
+      *state->decode, ordinal, stream,
+      {.grid = {launch.grid}, .block = {launch.block}, .overlap_previous = true}, params));
   if (launch.num_groups == 1) return Error::Success();
   const CombineLaunch combine = LaunchCombine(launch, params.B, query_rows);
   const CombineParams combine_params = {params.partial_out,
@@ -173,7 +183,8 @@ Error Execute(DecodeState* state, int32_t ordinal, cuda::Stream stream, AnyBuffe
                                         launch.tile_rows,
                                         launch.row_groups};
   return jit::Launch(*state->combines[static_cast<int>(combine.combine)], ordinal, stream,
-                     {{combine.grid}, {kCombineThreads}, {}, kOverlapPrevious}, combine_params);
+                     {.grid = {combine.grid}, .block = {kCombineThreads}, .overlap_previous = true},
+                     combine_params);
 }
 
 // ---- append: pages [P, L, 576], kv [B, S, 576], table [B, N], lengths [B] -> pages, in place
@@ -203,6 +214,8 @@ Error ExecuteAppend(AppendState* state, int32_t ordinal, cuda::Stream stream, An
   if (updated->untyped_data() != pages.untyped_data()) {
     return InvalidArgument("kv_pages: the result must be the same buffer");
   }
+  JAX_DS_RETURN_IF_ERROR(CheckTable(table, pages.dimensions()[1]));
+  if (B * S >= kMaxRows) return InvalidArgument("kv: must have less than 2^31 rows");
   if (B * S == 0) return Error::Success();
   const AppendParams params = {kv.untyped_data(),
                                updated->untyped_data(),

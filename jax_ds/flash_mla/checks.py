@@ -32,6 +32,8 @@ def check_cache(
     check(page_size in PAGE_SIZES, "kv_pages", "page size must be 16, 32, 64 or 128", page_size)
     check_dtype("page_table", page_table, jnp.int32)
     check_shape("page_table", page_table, (batch, None), "B N")
+    tokens = page_table.shape[1] * page_size
+    check(tokens <= 2**30, "page_table", "N times the page size must be at most 2^30", tokens)
     check_dtype("seq_lens", seq_lens, jnp.int32)
     check_shape("seq_lens", seq_lens, (batch,), "B")
 

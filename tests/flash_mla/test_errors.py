@@ -77,6 +77,11 @@ FLOATS = "dtype must be bfloat16 or float16 or float32"
         ),
         ({"page_table": _array(2, 3)}, TypeError, "page_table: dtype must be int32, got bfloat16"),
         (
+            {"page_table": _ints(2, 2**24 + 1)},
+            ValueError,
+            "page_table: N times the page size must be at most 2^30, got 1073741888",
+        ),
+        (
             {"page_table": _ints(3, 3)},
             ValueError,
             "page_table: must have shape [B N] = [2, *], got [3, 3]",

@@ -46,4 +46,15 @@ struct alignas(1024) NarrowShared {
 
 inline constexpr u32 kNarrowGroupStride = kKeyTiles * kGroupTileBytes;
 
+// Query rows that one thread holds values of in an accumulator with the rows as columns.
+template <typename Config>
+struct Columns {
+  static JAX_DS_DEVICE int row(int column) {
+    return 8 * (column / 2) + 2 * (lane_id() % 4) + column % 2;
+  }
+  // Places in the accumulator of the thread's upper and lower token (or latent column).
+  static constexpr int upper(int column) { return 4 * (column / 2) + column % 2; }
+  static constexpr int lower(int column) { return upper(column) + 2; }
+};
+
 }  // namespace jax_ds::flash_mla
