@@ -3,7 +3,8 @@
 One process for each rank, on one GPU if need be (tests/gpu/multirank.py says what that takes); rank
 0 prints each row as it is measured, and saves. A row is the time of one round, from 50 rounds
 unrolled in one program, each behind the one before (the portable implementation of 4096 tokens: 10
-rounds): the median over repetitions of the slowest rank. GB/s are what a rank sends to others.
+rounds), short programs several times one behind the other: the median over repetitions of the
+slowest rank. GB/s are what a rank sends to others.
 Where ranks share a GPU their traffic adds up in one memory, so compare with the floor of that
 machine, with the copy that all ranks make at once, and with the portable implementation of the same
 run; NVLink is then not measured.
@@ -11,6 +12,7 @@ run; NVLink is then not measured.
 
 import argparse
 import dataclasses
+import math
 import subprocess
 import sys
 import time
@@ -27,10 +29,15 @@ from benchmarks import timing
 from jax_ds import deep_ep
 from jax_ds._runtime import profile
 from jax_ds.moe import MoEParams, moe_layer
-from jax_ds.quantization import quantize_1x128
+from jax_ds.quantization import quantize_1x128, quantize_128x128
 from tests.gpu import multirank
 
 Array = jax.Array
+
+_WARM_CALLS = 6
+# A repetition takes about this long. To start a program and to leave a barrier together costs the
+# host about 1 ms, which is hidden where programs follow each other.
+_REPETITION_US = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Case:
     rounds: int = 50
     repetitions: int = 11
     num_sms: int | None = None
+    calls: int = 8  # the most calls of a program whose results are in memory at once
 
     @property
     def capacity(self) -> int:
@@ -260,14 +268,20 @@ def time_program(case: Case, ranks: Ranks, program: Program) -> timing.Timing:
     calls = compiled.as_text().count(f'custom_call_target="{program.target}"')
     if program.target and calls != rounds:
         raise RuntimeError(f"{program.name}: {calls} calls are left of {rounds} rounds")
-    for _ in range(3):  # XLA records its command buffers in the first calls
-        jax.block_until_ready(compiled(*program.operands))
-    times = []
-    for _ in range(case.repetitions):
+
+    def slowest(calls: int) -> float:
+        """Microseconds of a round, `calls` of the program enqueued one behind the other."""
         ranks.slowest(0.0)
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*program.operands))
-        times.append(ranks.slowest((time.perf_counter() - start) / rounds * 1e6))
+        for _ in range(calls):
+            result = compiled(*program.operands)
+        jax.block_until_ready(result)
+        return ranks.slowest((time.perf_counter() - start) / (calls * rounds) * 1e6)
+
+    # XLA records its command buffers in the first calls, and clocks rise in the next.
+    warm = [slowest(1) for _ in range(_WARM_CALLS)][-1]
+    calls = max(1, min(case.calls, math.ceil(_REPETITION_US / (warm * rounds))))
+    times = [slowest(calls) for _ in range(case.repetitions)]
     kernels = (program.target,) if program.target else ()
     return timing.Timing(float(np.median(times)), min(times), kernels, program.sent, 0.0)
 
@@ -297,51 +311,32 @@ def measure(case: Case, only: str, say: Callable[[str], None]) -> dict[str, timi
     return timings
 
 
-def _halves(case: Case, ranks: Ranks) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Low latency with a product between the halves, both ways."""
-
-    def operands(key: Array) -> Any:
-        keys = jax.random.split(key, 3)
-        x = jax.random.normal(keys[0], (case.few_tokens, case.hidden), jnp.bfloat16)
-        a = jax.random.normal(keys[1], (case.hidden, 2048), jnp.bfloat16)
-        return x, _ids(case, case.few_tokens, keys[2]), a
-
-    def halves(x: Array, ids: Array, a: Array) -> Any:
-        in_flight = deep_ep.low_latency_dispatch_start(
-            x, ids, num_experts=case.experts, max_tokens=case.few_tokens, axis_name="ep"
-        )
-        shared = x @ a
-        rows, _, handle = deep_ep.low_latency_dispatch_finish(in_flight, after=shared)
-        shape = (*rows.shape[:2], case.hidden)
-        flight = deep_ep.low_latency_combine_start(
-            jnp.zeros(shape, x.dtype), handle, jnp.ones(ids.shape)
-        )
-        more = shared @ a.T
-        return shared, deep_ep.low_latency_combine_finish(flight, after=more), more
-
-    return halves, ranks.each(operands)
-
-
-def layer(case: Case, ranks: Ranks) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A layer with a shared expert, forward and backward; 8 experts a rank, FFN 2048."""
+def _parameters(case: Case, key: Array) -> MoEParams:
+    """Of a layer with a shared expert: 8 experts a rank, FFN 2048."""
     experts, ffn = 8, 2048
+    keys = jax.random.split(key, 5)
+
+    def draw(key: Array, *shape: int) -> Array:
+        return jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5
+
+    everywhere = experts * jax.lax.axis_size("ep")
+    return MoEParams(
+        router=draw(keys[0], everywhere, case.hidden).astype(jnp.float32),
+        bias=jnp.zeros(everywhere),
+        gate_up=draw(keys[1], experts, 2 * ffn, case.hidden),
+        down=draw(keys[2], experts, case.hidden, ffn),
+        shared_gate_up=draw(keys[3], 2 * ffn, case.hidden),
+        shared_down=draw(keys[4], case.hidden, ffn),
+    )
+
+
+def training_layer(case: Case, ranks: Ranks) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The layer forward and backward."""
 
     def operands(key: Array) -> Any:
-        keys = jax.random.split(key, 6)
-
-        def draw(key: Array, *shape: int) -> Array:
-            return jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5
-
-        everywhere = experts * jax.lax.axis_size("ep")
-        params = MoEParams(
-            router=draw(keys[0], everywhere, case.hidden).astype(jnp.float32),
-            bias=jnp.zeros(everywhere),
-            gate_up=draw(keys[1], experts, 2 * ffn, case.hidden),
-            down=draw(keys[2], experts, case.hidden, ffn),
-            shared_gate_up=draw(keys[3], 2 * ffn, case.hidden),
-            shared_down=draw(keys[4], case.hidden, ffn),
-        )
-        return jax.random.normal(keys[5], (case.tokens, case.hidden), jnp.bfloat16), params
+        keys = jax.random.split(key)
+        x = jax.random.normal(keys[0], (case.tokens, case.hidden), jnp.bfloat16)
+        return x, _parameters(case, keys[1])
 
     def both(x: Array, params: MoEParams) -> Any:
         def forward(x: Array, params: MoEParams) -> Array:
@@ -353,28 +348,65 @@ def layer(case: Case, ranks: Ranks) -> tuple[Callable[..., Any], tuple[Any, ...]
     return both, ranks.each(operands)
 
 
+def decoding_layer(case: Case, ranks: Ranks) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The layer with few tokens and quantized weights; low latency, in halves."""
+
+    def operands(key: Array) -> Any:
+        keys = jax.random.split(key)
+        x = jax.random.normal(keys[0], (case.few_tokens, case.hidden), jnp.bfloat16)
+        params = _parameters(case, keys[1])
+        weights = ("gate_up", "down", "shared_gate_up", "shared_down")
+        quantized: Any = {name: quantize_128x128(getattr(params, name)) for name in weights}
+        return x, params._replace(**quantized)
+
+    def forward(x: Array, params: MoEParams) -> Array:
+        return moe_layer(x, params, axis_name="ep", k=case.top_k, low_latency=True)[0]
+
+    return forward, ranks.each(operands)
+
+
+# How XLA may launch what it has scheduled: one by one, or in graphs, which know nothing of streams
+# and follow the schedule's order or, CONCURRENT, the data.
+_LAUNCHING = {
+    "one by one": timing.NO_COMMAND_BUFFERS,
+    "in graphs, XLA's default": {},
+    "in graphs that follow the data": {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"},
+}
+
+
 def show_overlap(case: Case, say: Callable[[str], None]) -> None:
     """What runs while tokens travel: kernels in the order of their start, and the time shared."""
     ranks = Ranks()
-    for title, make in (("low latency, in halves", _halves), ("layer", layer)):
+    for title, make in (("decoding layer", decoding_layer), ("training layer", training_layer)):
         function, arguments = make(case, ranks)
-        say(title)
-        for line in _profiled(ranks, function, arguments):
-            say(line)
+        lowered = ranks.jit(function).lower(*arguments)
+        for launching, options in _LAUNCHING.items():
+            ran = _ran(ranks, lowered.compile(compiler_options=options), arguments)
+            until = max(one.start_ns + one.duration_ns for one in ran)
+            say(f"{title}, {launching}: {(until - ran[0].start_ns) / 1e3:.1f} us")
+            for line in _timeline(ran):
+                say(line)
 
 
-def _profiled(ranks: Ranks, function: Callable[..., Any], arguments: Any) -> Iterator[str]:
-    lowered = ranks.jit(function).lower(*arguments)
-    program = lowered.compile(compiler_options=timing.NO_COMMAND_BUFFERS)
-    jax.block_until_ready(program(*arguments))
+def _ran(ranks: Ranks, program: Any, arguments: Any) -> list[profile.Launch]:
+    """What one warm call launches on this rank's GPU."""
+    for _ in range(3):
+        jax.block_until_ready(program(*arguments))
 
     def run() -> None:
         for _ in range(2):
             ranks.slowest(0.0)
             jax.block_until_ready(program(*arguments))
 
-    ran = [launch for launch in profile.launches(run) if launch.program == "per_rank"]
-    ran = ran[len(ran) // 2 :]
+    def belongs(launch: profile.Launch) -> bool:
+        """What a graph launches names no program, nor do the copies of `slowest`."""
+        return launch.program == "per_rank" or not (launch.program or "Memcpy" in launch.name)
+
+    ran = list(filter(belongs, profile.launches(run)))
+    return ran[len(ran) // 2 :]
+
+
+def _timeline(ran: list[profile.Launch]) -> Iterator[str]:
     for one in ran:
         start = (one.start_ns - ran[0].start_ns) / 1e3
         line = f"{start:9.1f} us  +{one.duration_ns / 1e3:7.1f}  {one.name[:70]}"
@@ -396,6 +428,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=Case.tokens)
     parser.add_argument("--rounds", type=int, default=Case.rounds)
     parser.add_argument("--num-sms", type=int, default=None)
+    parser.add_argument(
+        "--calls", type=int, default=Case.calls, help="1: await every call of a program by itself"
+    )
     parser.add_argument("--only", default="", help="rows whose names contain this; saves nothing")
     parser.add_argument(
         "--overlap", action="store_true", help="show instead what runs while tokens travel"
@@ -406,11 +441,16 @@ def main() -> int:
         launcher = [sys.executable, multirank.__file__, "--ranks", str(options.ranks)]
         launcher += ["--nccl", options.nccl] if options.nccl else []
         worker = [sys.executable, "-m", "benchmarks.deep_ep", *sys.argv[1:]]
-        return subprocess.run([*launcher, "--lines", "60", "--", *worker]).returncode
+        return subprocess.run([*launcher, "--lines", "999", "--", *worker]).returncode
     rank, ranks = multirank.join()
     # Where XLA tunes a program, the processes share the work: each must compile it.
     jax.config.update("jax_share_binary_between_hosts", False)
-    case = Case(tokens=options.tokens, rounds=options.rounds, num_sms=options.num_sms)
+    case = Case(
+        tokens=options.tokens,
+        rounds=options.rounds,
+        num_sms=options.num_sms,
+        calls=options.calls,
+    )
 
     def say(line: str) -> None:
         if rank == 0:
@@ -422,7 +462,8 @@ def main() -> int:
     timings = measure(case, options.only, say)
     if rank == 0 and not options.only:
         gpus = "one GPU" if multirank.shares_gpu() else f"{ranks} GPUs"
-        timing.save("deep_ep", timings, {"ranks": ranks, "on": gpus, "tokens": case.tokens})
+        sizes = {"tokens": case.tokens, "few_tokens": case.few_tokens}
+        timing.save("deep_ep", timings, {"ranks": ranks, "on": gpus, **sizes})
     return 0
 
 

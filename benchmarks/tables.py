@@ -59,6 +59,8 @@ def _section(part: Mapping[str, Any], pattern: str) -> str:
     measured = f"Measured {machine['date']}, {machine['gpu']}, JAX {machine['jax']}"
     if "ranks" in part:
         measured += f"; {part['ranks']} ranks on {part['on']}, {part['tokens']} tokens a rank"
+        if "few_tokens" in part:
+            measured += f", {part['few_tokens']} with low latency"
     if "host" in part:
         measured += f"; a call costs the host {part['host']['host_us_per_call']:.1f} µs"
     return f"{table(part, pattern)}\n{measured}.\n"

@@ -59,9 +59,10 @@ Error CheckTokens(const char* name, const AnyBuffer& buffer, const Record& recor
                   int64_t more) {
   const int64_t payload = PayloadBytes(record);
   if (static_cast<int64_t>(buffer.size_bytes()) == count * payload + more) return Error::Success();
+  const std::string behind = more == 0 ? "" : " and " + std::to_string(more) + " bytes behind them";
   return InvalidArgument(std::string(name) + ": must be " + std::to_string(count) + " tokens of " +
-                         std::to_string(payload) + " bytes and " + std::to_string(more) +
-                         " bytes, got " + std::to_string(buffer.size_bytes()) + " bytes");
+                         std::to_string(payload) + " bytes" + behind + ", got " +
+                         std::to_string(buffer.size_bytes()) + " bytes");
 }
 
 }  // namespace jax_ds::deep_ep

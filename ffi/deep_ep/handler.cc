@@ -86,6 +86,7 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateDispatch, InstantiateDispatch,
                            .Attr<int64_t>("token_bytes")
                            .Attr<int64_t>("num_scales")
                            .Attr<int64_t>("num_sms"));
+
 // ---- combine: rows [C, H] (and weights [T, K]) -> y [T, H] (and behind it those weights [B, J]) -
 
 Instantiated InstantiateCombine(ffi::Span<const int64_t> groups, int64_t num_ranks, int64_t channel,

@@ -74,11 +74,12 @@ Instantiated InstantiateDispatch(ffi::Span<const int64_t> groups, int64_t num_ra
                                  std::string_view dtype, bool quantize,
                                  std::string_view half_name) {
   JAX_DS_ASSIGN_OR_RETURN(Half half, ToHalf(half_name));
-  const LowLatencySizes sizes = {num_ranks, num_tokens, top_k, experts, region, hidden, half};
+  const LowLatencySizes sizes = {num_ranks, num_tokens, top_k, experts,
+                                 region,    hidden,     half,  dtype == "bfloat16"};
   JAX_DS_RETURN_IF_ERROR(CheckLowLatency(sizes));
   JAX_DS_ASSIGN_OR_RETURN(jit::KernelSpec spec, LowLatencyDispatchSpec(dtype, quantize, sizes));
   JAX_DS_ASSIGN_OR_RETURN(Record record, MakeRecord(hidden * ElementBytes(dtype, quantize),
-                                                    quantize ? (hidden + 127) / 128 : 0));
+                                                    quantize ? Blocks128(hidden) : 0));
   return MakeState({Operation::kLowLatencyDispatch, groups, num_ranks, channel, num_tokens, num_sms,
                     record, /*note_words=*/top_k, std::move(spec), sizes});
 }
@@ -101,11 +102,9 @@ ErrorOr<LowLatencyDispatchParams> DispatchSizes(const Exchange& exchange, int32_
 Error TakeTokens(const Exchange& exchange, const ffi::RemainingArgs& operands,
                  LowLatencyDispatchParams* params) {
   const int64_t num_tokens = exchange.num_tokens();
-  JAX_DS_ASSIGN_OR_RETURN(AnyBuffer x, Get(operands, 1));
-  if (x.dimensions().size() != 2) return InvalidArgument("x: must have two dimensions");
+  const DataType type = exchange.low_latency().bfloat16 ? DataType::BF16 : DataType::F32;
   JAX_DS_RETURN_IF_ERROR(Take(operands, 0, "axis_index", DataType::S32, {}, &params->axis_index));
-  JAX_DS_RETURN_IF_ERROR(
-      Take(operands, 1, "x", x.element_type(), {num_tokens, params->hidden}, &params->x));
+  JAX_DS_RETURN_IF_ERROR(Take(operands, 1, "x", type, {num_tokens, params->hidden}, &params->x));
   return Take(operands, 2, "expert_ids", DataType::S32, {num_tokens, params->top_k}, &params->ids);
 }
 

@@ -41,6 +41,7 @@ struct LowLatencySizes {
   int64_t region;   // rows of an expert
   int64_t hidden;
   Half half = Half::kWhole;
+  bool bfloat16 = true;  // what a dispatch is given, else float32
 
   int64_t columns() const { return top_k < experts ? top_k : experts; }
 };

@@ -56,9 +56,12 @@ def ffi_call(
 
     if not communicates:
         return run()
-    return compute_on(
+    results = compute_on(
         compute_type="gpu_stream:collective", out_memory_spaces=jax.memory.Space.Device
     )(run)()
+    # XLA puts what takes a tuple apart on the stream of the call, and then awaits the call at once;
+    # not so what comes out of a barrier.
+    return list(jax.lax.optimization_barrier(results)) if len(results) > 1 else results
 
 
 def _output(out: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:

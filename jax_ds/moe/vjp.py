@@ -10,7 +10,7 @@ from jaxtyping import Array, BFloat16, Float, Float32
 
 from jax_ds import deep_ep, deep_gemm, quantization
 from jax_ds._runtime.choose import Implementation
-from jax_ds._runtime.varying import match_primal
+from jax_ds._runtime.varying import match_primal, varying_axes
 from jax_ds.quantization import Quantized
 
 
@@ -98,8 +98,14 @@ def _bwd(
         quantization.quantize_1x128_both, group_sizes=sizes, implementation=impl
     )
     grouped = functools.partial(deep_gemm.fp8_grouped_gemm, group_sizes=sizes, implementation=impl)
-    wgrad = functools.partial(deep_gemm.fp8_grouped_wgrad, group_sizes=sizes, implementation=impl)
     gate_up, down = saved.types.primals[2:]
+
+    def wgrad(dy: Quantized, x: Quantized, w: Any) -> Array:
+        """Rounded to the dtype of w by the kernel, or after a sum over devices in float32."""
+        summed = set(varying_axes(dy, x)) - set(w.manual_axis_type.varying)
+        dtype = jnp.float32 if summed else w.dtype
+        return deep_gemm.fp8_grouped_wgrad(dy, x, sizes, out_dtype=dtype, implementation=impl)
+
     # Each row's share of g travels in bfloat16, as in DeepSeek-V3.
     d_out, d_weights = saved.combine(g)
 
@@ -107,17 +113,17 @@ def _bwd(
     _, act_columns = quantization.swiglu_quantize_1x128_both(
         saved.hidden, sizes, implementation=impl
     )
-    d_down = wgrad(d_out_columns, act_columns, out_dtype=down.dtype)
+    d_down = wgrad(d_out_columns, act_columns, down)
     d_hidden = _swiglu_grad(saved.hidden, grouped(d_out_rows, saved.down_t))
     d_hidden_rows, d_hidden_columns = both(d_hidden)
     x = quantization.dequantize(saved.rows).astype(jnp.bfloat16)
     _, x_columns = both(x, scale_dtype="ue8m0")
-    d_gate_up = wgrad(d_hidden_columns, x_columns, out_dtype=gate_up.dtype)
+    d_gate_up = wgrad(d_hidden_columns, x_columns, gate_up)
     d_rows = grouped(d_hidden_rows, saved.gate_up_t)
     dx = deep_ep.combine(d_rows, plan, None, **config.exchange)
 
     cotangents = tuple(
-        match_primal(ct.astype(primal.dtype), primal)
+        match_primal(ct, primal).astype(primal.dtype)
         for ct, primal in zip((dx, d_weights, d_gate_up, d_down), saved.types.primals, strict=True)
     )
     return *cotangents, None

@@ -119,6 +119,15 @@ def test_combine_has_one_result(dtype: Any, word: int) -> None:
     assert call.rstrip().endswith(f"-> tensor<{size}xui{8 * word}>")
 
 
+def test_both_results_of_a_dispatch_go_through_one_barrier() -> None:
+    """Or XLA takes the pair apart on the stream of the call, and runs nothing beside it."""
+    text = _lowered()
+    (pair,) = re.findall(r"(%\w+):2 = func.call @compute_on\S*\(", text)
+    placed = re.findall(rf"(%\w+) = .*@annotate_device_placement\({pair}#[01]\)", text)
+    assert len(placed) == text.count(f"{pair}#") == 2
+    assert f"stablehlo.optimization_barrier {', '.join(placed)} :" in text
+
+
 def test_no_tokens_still_take_part() -> None:
     """A rank without tokens sends one empty slot: every rank must be in every round."""
     calls = _calls(_lowered(tokens=0))

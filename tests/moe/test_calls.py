@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jax_ds.moe import MoEParams, moe_layer
@@ -64,6 +65,30 @@ def test_one_kernel_each_way(mesh: tuple[int, ...]) -> None:
     assert counts["gemm"] == 3 * 4
     assert counts["all_to_all"] == both
     assert counts["all_gather"] == 0
+
+
+def test_weight_gradients_are_summed_before_they_are_rounded() -> None:
+    """Over an axis on which the experts' weights are the same: in float32, and once."""
+    case = dataclasses.replace(CASES[0], mesh=(4,), shared=0)
+    x, params, _ = cases.inputs(dataclasses.replace(case, tokens=2 * case.tokens))
+    weights = {name: getattr(params, name).astype(jnp.bfloat16) for name in ("gate_up", "down")}
+    mesh = jax.make_mesh((2, 4), ("data", "ep"), (jax.sharding.AxisType.Auto,) * 2)
+    tokens = jax.P(("data", "ep"))
+
+    def loss(x: Any, params: MoEParams) -> Any:
+        y, _ = moe_layer(x, params, **case.layer)
+        return jax.lax.psum(jnp.sum(y.astype(jnp.float32)), ("data", "ep"))
+
+    specs = (tokens, cases.param_specs(case, params))
+    mapped = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=jax.P())
+    gradient = jax.jit(jax.grad(mapped, argnums=1))
+    lowered = gradient.trace(x, params._replace(**weights)).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    local = case.experts // 4
+    for shape in ((local, 2 * case.ffn, case.hidden), (local, case.hidden, case.ffn)):
+        tensor = "x".join(map(str, shape))
+        sums = re.findall(rf"\(tensor<{tensor}x(\w+)>\) -> tensor<{tensor}x\w+>\n", text)
+        assert set(sums) == {"f32"}, (shape, sums)
 
 
 def test_swiglu_is_fused_with_its_quantizer() -> None:
