@@ -77,6 +77,8 @@ def _fwd(
     rows = deep_ep.dispatch(x_rows, plan, **config.exchange)
     gate_up_q, gate_up_t = quantization.quantize_128x128_both(gate_up, implementation=impl)
     down_q, down_t = quantization.quantize_128x128_both(down, implementation=impl)
+    # Weights are quantized while tokens travel: what comes out of a barrier waits for all of it.
+    rows, gate_up_q, down_q = jax.lax.optimization_barrier((rows, gate_up_q, down_q))
     hidden = deep_gemm.fp8_grouped_gemm(rows, gate_up_q, sizes, implementation=impl)
     num_rows = jnp.sum(sizes, dtype=jnp.int32)
     act = quantization.swiglu_quantize_1x128(hidden, num_rows, implementation=impl)
@@ -109,10 +111,14 @@ def _bwd(
     # Each row's share of g travels in bfloat16, as in DeepSeek-V3.
     d_out, d_weights = saved.combine(g)
 
-    d_out_rows, d_out_columns = both(d_out)
     _, act_columns = quantization.swiglu_quantize_1x128_both(
         saved.hidden, sizes, implementation=impl
     )
+    # While cotangents travel. XLA schedules from the end on: out of a barrier of their own, the
+    # columns come up after the exchange does, and so begin before its end.
+    act_columns = jax.lax.optimization_barrier(act_columns)
+    d_out, act_columns = jax.lax.optimization_barrier((d_out, act_columns))
+    d_out_rows, d_out_columns = both(d_out)
     d_down = wgrad(d_out_columns, act_columns, down)
     d_hidden = _swiglu_grad(saved.hidden, grouped(d_out_rows, saved.down_t))
     d_hidden_rows, d_hidden_columns = both(d_hidden)

@@ -110,6 +110,31 @@ def test_no_product_of_the_shared_expert_waits(precision: str, mesh: tuple[int, 
         assert any(travelled & set(e.outvars) and _multiplies(e) for e in body.eqns)
 
 
+def test_what_is_quantized_while_tokens_travel() -> None:
+    """Forward the weights, backward the activations: a barrier joins them with what travels."""
+    case = CASES[0]
+    given = cases.inputs(case)
+
+    def gradient(x: Any, params: MoEParams, cotangent: Any) -> Any:
+        return jax.vjp(lambda p: moe_layer(x, p, **case.layer)[0], params)[1](cotangent)[0].down
+
+    tokens, experts = jax.P("ep"), cases.param_specs(case, given.params)
+    mapped = jax.shard_map(
+        gradient,
+        mesh=cases.make_mesh(case),
+        in_specs=(tokens, experts, tokens),
+        out_specs=experts.down,
+    )
+    lowered = jax.jit(mapped).trace(*given).lower(lowering_platforms=("cuda",))
+    rows, local = 8 * case.tokens * min(case.k, case.experts // 8), case.experts // 8
+    travels = f"tensor<{rows}x{case.hidden}x"
+    weights = f"tensor<{local}x{2 * case.ffn}x{case.hidden}xf8E4M3FN>"
+    activations = f"tensor<{case.ffn}x"
+    barriers = [line for line in lowered.as_text().splitlines() if "optimization_barrier" in line]
+    assert any(f"{travels}f8E4M3FN>" in line and weights in line for line in barriers)
+    assert any(f"{travels}bf16>" in line and activations in line for line in barriers)
+
+
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
 def test_the_low_latency_halves_hold_the_shared_expert(precision: str) -> None:
     """What receives the tokens waits for its products; what sends them does not."""
