@@ -8,6 +8,7 @@ same run, because the chip's clocks depend on load and temperature: compare rati
 
 import dataclasses
 import datetime
+import functools
 import json
 import pathlib
 import re
@@ -27,6 +28,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 _L2_BYTES = 60 << 20
 _MAX_COPIES = 64
 _HOST_ROUNDS = 200
+_FEW_CALLS, _MANY_CALLS = 4, 24
 # Options of XLA: every call is launched by itself. A command buffer would hide which program a
 # kernel belongs to, and what a call costs the host.
 NO_COMMAND_BUFFERS = {"xla_gpu_graph_min_graph_size": 1 << 30}
@@ -136,26 +138,36 @@ def _busy(call: Sequence[Launch]) -> float:
     return total
 
 
-def host_us(program: Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]) -> float:
-    """Microseconds that a warm call takes on the host: what 32 calls more take to enqueue.
+def host_us(call: Callable[..., Any], varied: Any, *shared: Any) -> float:
+    """Microseconds that one more warm `call(varied, *shared)` adds to a jitted step on the host.
 
-    `program(n)`: a function of n calls, no two of the same operands, and its operands.
+    The difference between programs of few and of many such calls, over their number; they take
+    turns, because a host's speed drifts. Both take the same arguments, `varied` once for each of
+    the many calls, so that no two calls are alike and Python has the same to do; and both give one
+    number, a sum over all results, which is one kernel of XLA's. What is left is what XLA, the
+    call's handler and the driver need.
     """
 
-    def enqueued(calls: int) -> float:
-        function, operands = program(calls)
-        lowered = jax.jit(function).lower(*operands)
-        compiled = lowered.compile(compiler_options=NO_COMMAND_BUFFERS)
-        jax.block_until_ready(compiled(*operands))
-        times = []
-        for _ in range(_HOST_ROUNDS):
-            start = time.perf_counter()
-            out = compiled(*operands)
-            times.append(1e6 * (time.perf_counter() - start))
-            jax.block_until_ready(out)
-        return statistics.median(times)
+    def program(calls: int) -> Callable[[], Any]:
+        def run(varied: list[Any], shared: tuple[Any, ...]) -> Any:
+            results = jax.tree.leaves([call(one, *shared) for one in varied[:calls]])
+            return sum(result[(0,) * result.ndim].astype(jnp.float32) for result in results)
 
-    return (enqueued(36) - enqueued(4)) / 32
+        operands = [varied] * _MANY_CALLS, shared
+        lowered = jax.jit(run, keep_unused=True).lower(*operands)
+        compiled = lowered.compile(compiler_options=NO_COMMAND_BUFFERS)
+        return functools.partial(compiled, *operands)
+
+    programs = {calls: program(calls) for calls in (_FEW_CALLS, _MANY_CALLS)}
+    times: dict[int, list[float]] = {calls: [] for calls in programs}
+    for _ in range(_HOST_ROUNDS):
+        for calls, run in programs.items():
+            start = time.perf_counter()
+            out = run()
+            times[calls].append(1e6 * (time.perf_counter() - start))
+            jax.block_until_ready(out)
+    few, many = (statistics.median(times[calls]) for calls in (_FEW_CALLS, _MANY_CALLS))
+    return (many - few) / (_MANY_CALLS - _FEW_CALLS)
 
 
 def machine() -> dict[str, str]:
