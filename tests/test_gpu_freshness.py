@@ -1,14 +1,9 @@
 """The record of the GPU tests must be of these sources, or say why it is not."""
 
-import json
 import pathlib
-from typing import Any
 
-from tests.gpu.record import PENDING, RESULTS, RUNS, sources_sha256
-
-
-def _record() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+from tests.gpu import sanitize
+from tests.gpu.record import PENDING, RUNS, load, sources_sha256
 
 
 def _pending() -> str:
@@ -17,17 +12,19 @@ def _pending() -> str:
 
 
 def test_the_record_is_of_these_sources() -> None:
-    if _record().get("sources_sha256") == sources_sha256():
+    record, digest = load(), sources_sha256()
+    parts = (record, record.get("sanitizer", {}))
+    if all(part.get("sources_sha256") == digest for part in parts):
         return
     reason = _pending()
     assert reason and "\n" not in reason, (
-        "ffi/ has changed since the GPU tests last ran: run `make gpu-test` on a Hopper GPU, "
-        "or say in one line in tests/gpu/PENDING why not"
+        "ffi/ has changed since the GPU tests last ran: run `make gpu-test gpu-sanitize` on a "
+        "Hopper GPU, or say in one line in tests/gpu/PENDING why not"
     )
 
 
 def test_every_run_is_recorded_and_none_failed() -> None:
-    record = _record()
+    record = load()
     if not record:
         # Then the test above demands the reason.
         return
@@ -43,6 +40,15 @@ def test_every_run_is_recorded_and_none_failed() -> None:
         failed = [test for test, outcome in outcomes.items() if outcome.startswith("failed")]
         assert bool(failed) == bool(run["status"]), name
         assert failed or "passed" in outcomes.values(), name
+
+
+def test_the_sanitizer_found_nothing() -> None:
+    record = load().get("sanitizer", {})
+    names = {str(process) for process in sanitize.planned()}
+    for name, run in record.get("runs", {}).items():
+        assert run["status"] == 0 and name in names, name
+        assert run["cases"] or "canary" in name, name
+    assert not record or set(record["runs"]) == names or _pending()
 
 
 def test_the_digest_covers_names_and_contents(tmp_path: pathlib.Path) -> None:

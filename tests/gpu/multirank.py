@@ -129,7 +129,10 @@ def _run(
     files = [logs / f"rank{rank}.txt" for rank in ranks]
     statuses = processes.run(
         [[part.replace("{rank}", str(rank)) for part in command] for rank in ranks],
-        [{**shared, **_environment(rank, options, gpus)} for rank in ranks],
+        [
+            {**shared, **environment(rank, options.ranks, options.nodes, gpus, options.nccl)}
+            for rank in ranks
+        ],
         files,
         cwd=ROOT,
         timeout=options.timeout,
@@ -140,12 +143,13 @@ def _run(
     return max(statuses) or int(any(statuses))
 
 
-def _environment(rank: int, options: argparse.Namespace, gpus: list[str]) -> dict[str, str]:
-    per_gpu = -(-options.ranks // len(gpus))
+def environment(rank: int, ranks: int, nodes: int, gpus: list[str], nccl: str) -> dict[str, str]:
+    """What a rank must find, beside where they meet: its place, its GPU, how NCCL may use it."""
+    per_gpu = -(-ranks // len(gpus))
     environment = {
         "JAX_DS_TEST_RANK": str(rank),
-        "JAX_DS_TEST_RANKS": str(options.ranks),
-        "JAX_DS_TEST_NODES": str(options.nodes),
+        "JAX_DS_TEST_RANKS": str(ranks),
+        "JAX_DS_TEST_NODES": str(nodes),
         "CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)],
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
@@ -157,11 +161,11 @@ def _environment(rank: int, options: argparse.Namespace, gpus: list[str]) -> dic
             "NCCL_MULTI_RANK_GPU_ENABLE": "1",
             "NCCL_MAX_CTAS": "4" if per_gpu <= 4 else "2",
         }
-    if options.nodes > 1:
-        node = rank // (options.ranks // options.nodes)
+    if nodes > 1:
+        node = rank // (ranks // nodes)
         environment |= {"NCCL_HOSTID": f"node{node}", "NCCL_SOCKET_IFNAME": "lo"}
-    if options.nccl:
-        environment["LD_PRELOAD"] = str(pathlib.Path(options.nccl).resolve())
+    if nccl:
+        environment["LD_PRELOAD"] = str(pathlib.Path(nccl).resolve())
     return environment
 
 

@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from tests.gpu.multirank import visible_gpus
-from tests.gpu.record import PENDING, RESULTS, ROOT, RUNS, sources_sha256
+from tests.gpu.record import ROOT, RUNS, load, sources_sha256, store
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvrtc")
 # Compiling on the host dominates; the processes share the GPU.
@@ -114,7 +114,7 @@ def _devices(ranks: int, nodes: int, gpus: list[str]) -> list[str]:
 
 def _recorded(digest: str) -> dict[str, Run]:
     """What the record says of these sources."""
-    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    record = load()
     if record.get("sources_sha256") != digest:
         return {}
     return {name: Run(**run) for name, run in record["runs"].items()}
@@ -204,9 +204,7 @@ def _record(digest: str, machine: dict[str, Any], runs: dict[str, Run]) -> None:
         "complete": _complete(runs),
         "runs": {name: dataclasses.asdict(run) for name, run in runs.items()},
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-    if record["complete"]:
-        PENDING.unlink(missing_ok=True)
+    store(record)
     for name, run in runs.items():
         counts = ", ".join(f"{run.count(what)} {what}" for what in ("passed", "failed", "skipped"))
         print(f"{name}, {run.gpus} GPUs: {counts} in {run.seconds} s, status {run.status}")
