@@ -128,7 +128,10 @@ def _producer(value: Any, functions: dict[str, Any]) -> tuple[Any, int]:
     owner, result = value.owner, value.result_number
     owner = getattr(owner, "operation", owner)
     while True:
-        if _target(owner) == "annotate_device_placement":  # what compute_on leaves: no operation
+        if (
+            _target(owner) == "annotate_device_placement"  # what compute_on leaves: no operation
+            or owner.name == "stablehlo.optimization_barrier"  # orders, and moves nothing
+        ):
             inner = owner.operands[result]
         elif owner.name == "func.call":
             inner = _results(functions[owner.attributes["callee"].value].regions[0])[result]
