@@ -30,6 +30,15 @@ JAX_DS_DEVICE u32 atom_exch_gpu(u32* pointer, u32 value) {
   return old;
 }
 
+JAX_DS_DEVICE u32 atom_relaxed_gpu_add(u32* pointer, u32 value) {
+  u32 old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(pointer), "r"(value)
+               : "memory");
+  return old;
+}
+
 JAX_DS_DEVICE void st_release_sys(u32* pointer, u32 value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
@@ -42,6 +51,19 @@ JAX_DS_DEVICE uint4 ld_global_once_v4(const void* pointer) {
                : "l"(pointer)
                : "memory");
   return value;
+}
+
+// What is stored under this policy leaves L2 before other data.
+JAX_DS_DEVICE u64 createpolicy_evict_first() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+JAX_DS_DEVICE void st_global_v4(void* pointer, uint4 value, u64 policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(pointer),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "l"(policy)
+               : "memory");
 }
 
 }  // namespace jax_ds

@@ -40,6 +40,7 @@ struct Progress {
   unsigned long long started;  // round + 1 while a round is under way
   unsigned int sent;           // CTAs that have sent in this round
   unsigned int left;           // CTAs that have finished this round
+  unsigned int taken[2];       // pieces of work that warps have taken in it: to send, to receive
 };
 
 struct Counters {

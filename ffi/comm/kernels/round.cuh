@@ -66,6 +66,7 @@ struct Round {
   JAX_DS_DEVICE bool wait(const u64* word, u64 value, int peer) const {
     u64 deadline = 0;
     for (;;) {
+#pragma unroll 1
       for (int i = 0; i < 32; ++i) {
         if (ld_acquire_sys(word) >= value) return true;
       }
@@ -126,6 +127,7 @@ struct Round {
     tell(&Signals::consumed);
     if (!last_of_grid(&progress->left)) return;
     progress->left = 0;
+    progress->taken[0] = progress->taken[1] = 0;
     progress->ctas = earlier_ctas + gridDim.x;
     progress->round = number;
   }

@@ -89,8 +89,8 @@ struct CombineKernel {
   // Sums up what the ranks have sent for each of this rank's tokens, a part a warp.
   JAX_DS_DEVICE void gather() const {
     const int parts = num_parts(p.record.vectors);
-    for_each_ahead(
-        p.num_tokens * parts,
+    for_each_taken(
+        &round.progress->taken[1], p.num_tokens * parts,
         [&](int i) { return ranks_of(p.needed, p.link.num_ranks, p.num_tokens, i / parts); },
         [&](int i, u32 ranks) {
           const int t = i / parts;

@@ -25,8 +25,9 @@ JAX_DS_DEVICE void find_slots(const CombineParams& p, const SlotSets& held) {
 template <bool kBfloat16>
 JAX_DS_DEVICE void push_slots(const CombineKernel<kBfloat16>& kernel, const SlotSets& held) {
   const int parts = num_parts(kernel.p.record.vectors);
-  for_each_ahead(
-      held.count(0) * parts, [&](int i) { return kernel.fetch(held.list[i / parts]); },
+  for_each_taken(
+      &kernel.round.progress->taken[0], held.count(0) * parts,
+      [&](int i) { return kernel.fetch(held.list[i / parts]); },
       [&](int i, const SlotInLanes& in_lanes) {
         const float weight = kernel.weight_of_column(in_lanes);
         kernel.push_part(held.list[i / parts], in_lanes, weight, i % parts);

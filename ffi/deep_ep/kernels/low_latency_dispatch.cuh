@@ -113,24 +113,26 @@ struct RowReceiver {
     return expert * p.region + named.number(expert, slot);
   }
 
-  // Once the ids are here. A warp looks at 32 slots, and at 32 experts at a time.
+  // Once the ids are here. So many of a thread's are in flight together.
+  static constexpr int kIds = 16;
+
   JAX_DS_DEVICE void number_rows() const {
-    for (int g = warp_id(); g < named.groups; g += kThreads / 32) {
-      const int slot = 32 * g + lane_id();
-      u32 any = 0;
-      for (int base = 0; base < p.experts; base += 32) {
-        const u32 mine = slot < named.slots ? experts_of(slot, base) : 0;
-        any |= mine;
-        u32 word = 0;
-        for (int e = 0; e < 32; ++e) {
-          const u32 ballot = __ballot_sync(kAllLanes, mine >> e & 1);
-          if (lane_id() == e) word = ballot;
-        }
-        const int expert = base + lane_id();
-        if (expert < p.experts) named.bits[expert * named.groups + g] = word;
+    named.clear();
+    const int count = named.slots * p.top_k;
+    for (int first = threadIdx.x; first < count; first += kIds * kThreads) {
+      int id[kIds];
+#pragma unroll
+      for (int u = 0; u < kIds; ++u) {
+        const int i = first + u * kThreads;
+        id[u] = i < count ? ids[i] : -1;
       }
-      any = __ballot_sync(kAllLanes, any != 0);
-      if (lane_id() == 0) named.bits[p.experts * named.groups + g] = any;
+#pragma unroll
+      for (int u = 0; u < kIds; ++u) {
+        if (!here(id[u])) continue;
+        const int slot = (first + u * kThreads) / p.top_k;
+        named.insert(local(id[u]), slot);
+        named.insert(p.experts, slot);
+      }
     }
     named.finish();
   }
@@ -159,7 +161,10 @@ struct RowReceiver {
     const int parts = num_parts(p.record.vectors), count = named.count(p.experts) * parts;
     const i64 bytes = static_cast<i64>(p.record.vectors) * 16;
     const auto id_of = [&](int i) { return id_in_lane(i / parts); };
-    for_each_ahead(count, id_of, [&](int i, int id) {
+    // Let rows leave L2 before what ranks are sending.
+    const u64 policy = createpolicy_evict_first();
+    const auto store = [&](uint4* at, uint4 piece) { st_global_v4(at, piece, policy); };
+    for_each_taken(&round.progress->taken[1], count, id_of, [&](int i, int id) {
       const int slot = named.list[i / parts], part = i % parts;
       // Of the lanes that name one expert, the first.
       const u32 same = __match_any_sync(kAllLanes, id);
@@ -167,9 +172,10 @@ struct RowReceiver {
       const int mine = has_row ? row(local(id), slot) : -1;
       const u32 mask = __ballot_sync(kAllLanes, has_row);
       const char* from = record_at(round, p.record, p.link.rank, slot);
-      fan_out(from, p.record.vectors, part, mask, [&](int j) {
+      const auto row_of_lane = [&](int j) {
         return static_cast<char*>(p.rows) + __shfl_sync(kAllLanes, mine, j) * bytes;
-      });
+      };
+      fan_out(from, p.record.vectors, part, mask, row_of_lane, store);
       if (part != 0 || p.row_scales == nullptr) return;
       scatter_scales(reinterpret_cast<const float*>(from + bytes), p.record.num_scales, mask, mine,
                      p.row_scales);
@@ -193,14 +199,11 @@ struct RowReceiver {
 
   JAX_DS_DEVICE void run(bool alive) const {
     alive = round.hear(alive);
-    if (alive) {
-      // While tokens are on their way.
-      number_rows();
-      store_handle();
-    }
+    if (alive) number_rows();  // while tokens are on their way
     alive = round.receive(alive);
     if (alive) {
       expand();
+      store_handle();  // by warps that find nothing more to copy
     } else {
       poison();
     }
@@ -208,24 +211,6 @@ struct RowReceiver {
   }
 
  private:
-  // Of the experts from `base` on, those that the slot's token names, as bits.
-  JAX_DS_DEVICE u32 experts_of(int slot, int base) const {
-    u32 bits = 0;
-    for (int first = 0; first < p.top_k; first += 8) {
-      int id[8];  // in flight together
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        id[k] = first + k < p.top_k ? ids[slot * p.top_k + first + k] : -1;
-      }
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const u32 bit = local(id[k]) - base;
-        if (here(id[k]) && bit < 32) bits |= 1u << bit;
-      }
-    }
-    return bits;
-  }
-
   // Lane k's id k of the token in the n-th slot that holds one.
   JAX_DS_DEVICE int id_in_lane(int n) const {
     const int lane = lane_id();

@@ -27,6 +27,27 @@ JAX_DS_DEVICE void for_each_ahead(int count, Fetch fetch, Work work) {
   }
 }
 
+// The same for few pieces of different sizes: a warp that is done takes the next one, by the
+// counter `taken`. Neighbours, which may be alike, begin in different CTAs.
+template <class Fetch, class Work>
+JAX_DS_DEVICE void for_each_taken(u32* taken, int count, Fetch fetch, Work work) {
+  const auto take = [&] { return lane_id() == 0 ? atom_relaxed_gpu_add(taken, 1) : 0; };
+  int i = blockIdx.x + gridDim.x * warp_id();
+  if (i >= count) return;
+  auto next = fetch(i);
+  u32 ticket = take();
+  while (i < count) {
+    const auto mine = next;
+    const int following = grid_warps() + __shfl_sync(kAllLanes, ticket, 0);
+    if (following < count) {
+      next = fetch(following);
+      ticket = take();
+    }
+    work(i, mine);
+    i = following;
+  }
+}
+
 // A record's payload is cut into parts of so many pieces a lane, all in flight at once: two parts
 // for 7168 bytes, four for 14336.
 constexpr int kPieces = 7;
@@ -34,9 +55,9 @@ constexpr int kPieces = 7;
 JAX_DS_DEVICE int num_parts(int vectors) { return (vectors + 32 * kPieces - 1) / (32 * kPieces); }
 
 // Copies part `part` of `vectors` pieces from one address to those that `to(bit)` gives for the
-// bits of `mask`.
-template <class To>
-JAX_DS_DEVICE void fan_out(const void* from, int vectors, int part, u32 mask, To to) {
+// bits of `mask`, with `store(address, piece)`.
+template <class To, class Store>
+JAX_DS_DEVICE void fan_out(const void* from, int vectors, int part, u32 mask, To to, Store store) {
   const int first = part * 32 * kPieces + lane_id();
   uint4 piece[kPieces];
 #pragma unroll
@@ -50,7 +71,7 @@ JAX_DS_DEVICE void fan_out(const void* from, int vectors, int part, u32 mask, To
 #pragma unroll
     for (int u = 0; u < kPieces; ++u) {
       const int i = first + 32 * u;
-      if (i < vectors) st_global_v4(out + i, piece[u]);
+      if (i < vectors) store(out + i, piece[u]);
     }
   }
 }
@@ -58,7 +79,8 @@ JAX_DS_DEVICE void fan_out(const void* from, int vectors, int part, u32 mask, To
 template <class To>
 JAX_DS_DEVICE void fan_out(const void* from, int vectors, u32 mask, To to) {
   const int parts = num_parts(vectors);
-  for (int part = 0; part < parts; ++part) fan_out(from, vectors, part, mask, to);
+  const auto store = [](uint4* at, uint4 piece) { st_global_v4(at, piece); };
+  for (int part = 0; part < parts; ++part) fan_out(from, vectors, part, mask, to, store);
 }
 
 template <class To>

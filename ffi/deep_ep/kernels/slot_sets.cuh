@@ -38,7 +38,17 @@ struct SlotSets {
     return before[last] + __popc(bits[last]);
   }
 
-  // All threads, after each has stored its bits. Afterwards everything can be read.
+  // All threads.
+  JAX_DS_DEVICE void clear() const {
+    for (int i = threadIdx.x; i < sets * groups; i += kThreads) bits[i] = 0;
+    __syncthreads();
+  }
+
+  JAX_DS_DEVICE void insert(int set, int slot) const {
+    atomicOr(bits + at(set, slot), 1u << slot % 32);
+  }
+
+  // All threads, after each has put in its slots. Afterwards everything can be read.
   JAX_DS_DEVICE void finish() const {
     __syncthreads();
     for (int set = warp_id(); set < sets; set += kThreads / 32) number_members(set);
