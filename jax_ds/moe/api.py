@@ -128,7 +128,7 @@ def moe_layer(
     config = ExpertConfig(
         axis_name=axis_name, num_sms=num_sms, channel=channel, implementation=implementation
     )
-    shared = _shared_expert(x, params, precision, implementation)
+    shared = _shared_expert(x, params, precision, low_latency, implementation)
     if low_latency:
         routed = experts.low_latency(
             config, x, ids, weights, params.gate_up, params.down, precision, after=shared
@@ -157,6 +157,7 @@ def _shared_expert(
     x: BFloat16[Array, "T H"],
     params: MoEParams,
     precision: Precision,
+    low_latency: bool,
     implementation: Implementation,
 ) -> BFloat16[Array, "T H"] | None:
     """The expert that sees every token. It depends on nothing of the exchange, so it can run
@@ -165,6 +166,8 @@ def _shared_expert(
     if params.shared_gate_up is None or params.shared_down is None:
         return None
     hidden = experts.linear(x, params.shared_gate_up, precision, implementation)
+    if low_latency and precision == "fp8":
+        return experts.down_of_swiglu(hidden, params.shared_down, implementation)
     return experts.linear(experts.swiglu(hidden), params.shared_down, precision, implementation)
 
 

@@ -33,6 +33,16 @@ def linear(
     return jnp.einsum("mk,nk->mn", x, w.astype(x.dtype))
 
 
+def down_of_swiglu(
+    gate_up: BFloat16[Array, "M 2F"],
+    w: Float[Array, "H F"] | Quantized,
+    implementation: Implementation,
+) -> BFloat16[Array, "M H"]:
+    """swiglu(gate_up) w^T in FP8, quantized where the swiglu is computed; no gradient."""
+    act = quantization.swiglu_quantize_1x128(gate_up, implementation=implementation)
+    return deep_gemm.fp8_gemm(act, _quantized(w, implementation), implementation=implementation)
+
+
 def bf16_experts(
     config: ExpertConfig,
     x: BFloat16[Array, "T H"],
@@ -103,7 +113,7 @@ def low_latency(
     return deep_ep.low_latency_combine(out, handle, weights, implementation=impl)
 
 
-def _quantized(w: Float[Array, "E N K"] | Quantized, implementation: Implementation) -> Quantized:
+def _quantized(w: Float[Array, "... N K"] | Quantized, implementation: Implementation) -> Quantized:
     if isinstance(w, Quantized):
         return w
     return quantization.quantize_128x128(w, implementation=implementation)

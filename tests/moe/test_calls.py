@@ -111,6 +111,15 @@ def test_decoding_quantizes_the_rows_that_hold_tokens() -> None:
     assert _counts(text)["gemm"] == 2
 
 
+def test_decoding_fuses_the_shared_experts_swiglu() -> None:
+    """Its activation exists in FP8 only."""
+    case = dataclasses.replace(CASES[0], shared=96)
+    text = _program(case, backward=False, low_latency=True)
+    assert f"tensor<{case.tokens}x192xbf16>" in text
+    assert f"tensor<{case.tokens}x96xf8E4M3FN>" in text
+    assert f"tensor<{case.tokens}x96xbf16>" not in text
+
+
 def test_decoding_expects_even_shares() -> None:
     """Rows of an expert: tokens of all 8 ranks times k = 4, over all experts, rounded up."""
     for tokens, experts, expected in ((16, 16, 32), (6, 32, 6), (3, 64, 2)):
