@@ -1,6 +1,7 @@
 #include "support/driver.h"
 
 #include "support/library.h"
+#include "support/per_device.h"
 
 namespace jax_ds {
 
@@ -78,6 +79,16 @@ ErrorOr<int> Driver::DeviceAttribute(int ordinal, cuda::DeviceAttribute attribut
   JAX_DS_RETURN_IF_ERROR(
       Check(cuDeviceGetAttribute(&value, attribute, device), "cuDeviceGetAttribute"));
   return value;
+}
+
+ErrorOr<int> Driver::Multiprocessors(int ordinal) const {
+  static PerDevice<int> known = {};
+  JAX_DS_RETURN_IF_ERROR(CheckOrdinal(ordinal));
+  int count = known[ordinal].load(std::memory_order_relaxed);
+  if (count != 0) return count;
+  JAX_DS_ASSIGN_OR_RETURN(count, DeviceAttribute(ordinal, cuda::kMultiprocessorCount));
+  known[ordinal].store(count, std::memory_order_relaxed);
+  return count;
 }
 
 }  // namespace jax_ds

@@ -34,8 +34,10 @@ struct Driver {
     return status;
   }
 
-  // A device attribute, for instance the number of multiprocessors.
   ErrorOr<int> DeviceAttribute(int ordinal, cuda::DeviceAttribute attribute) const;
+
+  // How many a device has; asked once, because handlers want it at every call.
+  ErrorOr<int> Multiprocessors(int ordinal) const;
 
   int version = 0;  // 1000 * major + 10 * minor of the newest CUDA the driver supports
 
