@@ -25,18 +25,14 @@ ErrorOr<Driver> Driver::Open() {
   JAX_DS_FIND(cuCtxPushCurrent, "cuCtxPushCurrent_v2");
   JAX_DS_FIND(cuCtxPopCurrent, "cuCtxPopCurrent_v2");
   JAX_DS_FIND(cuLibraryLoadData, "cuLibraryLoadData");
-  JAX_DS_FIND(cuLibraryUnload, "cuLibraryUnload");
   JAX_DS_FIND(cuLibraryGetKernel, "cuLibraryGetKernel");
   JAX_DS_FIND(cuKernelGetFunction, "cuKernelGetFunction");
   JAX_DS_FIND(cuFuncLoad, "cuFuncLoad");
   JAX_DS_FIND(cuFuncSetAttribute, "cuFuncSetAttribute");
-  JAX_DS_FIND(cuFuncGetAttribute, "cuFuncGetAttribute");
   JAX_DS_FIND(cuLaunchKernelEx, "cuLaunchKernelEx");
   JAX_DS_FIND(cuOccupancyMaxActiveClusters, "cuOccupancyMaxActiveClusters");
   JAX_DS_FIND(cuOccupancyMaxActiveBlocksPerMultiprocessor,
               "cuOccupancyMaxActiveBlocksPerMultiprocessor");
-  JAX_DS_FIND(cuMemsetD8Async, "cuMemsetD8Async");
-  JAX_DS_FIND(cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2");
   JAX_DS_FIND(cuMemAlloc, "cuMemAlloc_v2");
   JAX_DS_FIND(cuMemFree, "cuMemFree_v2");
   JAX_DS_FIND(cuMemHostAlloc, "cuMemHostAlloc");

@@ -55,17 +55,13 @@ struct Driver {
   cuda::Result (*cuCtxPopCurrent)(cuda::Context*);
   cuda::Result (*cuLibraryLoadData)(cuda::Library*, const void*, int*, void**, unsigned int, int*,
                                     void**, unsigned int);
-  cuda::Result (*cuLibraryUnload)(cuda::Library);
   cuda::Result (*cuLibraryGetKernel)(cuda::Kernel*, cuda::Library, const char*);
   cuda::Result (*cuKernelGetFunction)(cuda::Function*, cuda::Kernel);
   cuda::Result (*cuFuncLoad)(cuda::Function);
   cuda::Result (*cuFuncSetAttribute)(cuda::Function, cuda::FunctionAttribute, int);
-  cuda::Result (*cuFuncGetAttribute)(int*, cuda::FunctionAttribute, cuda::Function);
   cuda::Result (*cuLaunchKernelEx)(const cuda::LaunchConfig*, cuda::Function, void**, void**);
   cuda::Result (*cuOccupancyMaxActiveClusters)(int*, cuda::Function, const cuda::LaunchConfig*);
   cuda::Result (*cuOccupancyMaxActiveBlocksPerMultiprocessor)(int*, cuda::Function, int, size_t);
-  cuda::Result (*cuMemsetD8Async)(cuda::DevicePtr, unsigned char, size_t, cuda::Stream);
-  cuda::Result (*cuMemcpyDtoDAsync)(cuda::DevicePtr, cuda::DevicePtr, size_t, cuda::Stream);
   cuda::Result (*cuMemAlloc)(cuda::DevicePtr*, size_t);
   cuda::Result (*cuMemFree)(cuda::DevicePtr);
   cuda::Result (*cuMemHostAlloc)(void**, size_t, unsigned int);
