@@ -51,7 +51,9 @@ Error Execute(PrefillState* state, int32_t ordinal, cuda::Stream stream, AnyBuff
   PrefillParams params = {};
   JAX_DS_ASSIGN_OR_RETURN(params.q, HeadMap(q, kPrefillBoxM));
   JAX_DS_ASSIGN_OR_RETURN(params.k, HeadMap(k, c.block_n));
-  JAX_DS_ASSIGN_OR_RETURN(params.k_rope, HeadMap(o.k_rope, c.block_n));
+  if (c.rope > 0) {
+    JAX_DS_ASSIGN_OR_RETURN(params.k_rope, HeadMap(o.k_rope, c.block_n));
+  }
   JAX_DS_ASSIGN_OR_RETURN(params.v, HeadMap(v, c.block_n));
   params.out = out->untyped_data();
   params.lse = static_cast<float*>(lse->untyped_data());
@@ -62,7 +64,6 @@ Error Execute(PrefillState* state, int32_t ordinal, cuda::Stream stream, AnyBuff
     JAX_DS_ASSIGN_OR_RETURN(ffi::Result<AnyBuffer> memory, lists.get<AnyBuffer>(0));
     JAX_DS_RETURN_IF_ERROR(LaunchPack(*state->pack, ordinal, stream, o, state->attributes.causal,
                                       *memory, &params.queries, nullptr));
-    params.queries.counter = static_cast<unsigned int*>(memory->untyped_data()) + kPackedCounter;
   }
   JAX_DS_ASSIGN_OR_RETURN(
       unsigned int grid,

@@ -59,33 +59,28 @@ ErrorOr<PrefillOperands> PrefillOperands::Make(const PrefillAttributes& a, int o
 }
 
 PrefillWalk PrefillOperands::OverQueries() const {
-  return {static_cast<int>(batch),
-          static_cast<int>(heads),
-          static_cast<int>(queries),
-          static_cast<int>(keys),
-          nullptr,
-          nullptr};
+  return {static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(queries),
+          static_cast<int>(keys)};
 }
 
 PrefillWalk PrefillOperands::OverKeys() const {
-  return {static_cast<int>(batch),
-          static_cast<int>(kv_heads),
-          static_cast<int>(keys),
-          static_cast<int>(queries),
-          nullptr,
-          nullptr};
+  return {static_cast<int>(batch), static_cast<int>(kv_heads), static_cast<int>(keys),
+          static_cast<int>(queries)};
 }
 
 Error LaunchPack(const jit::Kernel& kernel, int ordinal, cuda::Stream stream,
                  const PrefillOperands& o, bool causal, const AnyBuffer& lists,
                  PrefillWalk* queries, PrefillWalk* keys) {
-  const PackedLayout of_queries(queries->rows);
-  int64_t words = of_queries.words;
-  if (keys != nullptr) words += PackedLayout(keys->rows).words;
+  PrefillWalk* const sides[] = {queries, keys};
+  int* const memory = static_cast<int*>(lists.untyped_data());
+  int64_t words = 0;
+  for (PrefillWalk* side : sides) {
+    if (side == nullptr) continue;
+    side->packed = memory + words;
+    side->counter = memory + words + kPackedCounter;
+    words += PackedLayout(side->rows).words;
+  }
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("lists", lists, DataType::S32, {words}));
-  int* memory = static_cast<int*>(lists.untyped_data());
-  queries->packed = memory;
-  if (keys != nullptr) keys->packed = memory + of_queries.words;
   const PackParams params = {{o.offsets[0], o.sequences, static_cast<int>(o.queries)},
                              {o.offsets[1], o.sequences, static_cast<int>(o.keys)},
                              causal,

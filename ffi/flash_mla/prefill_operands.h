@@ -19,7 +19,7 @@ ErrorOr<TensorMap> HeadMap(const AnyBuffer& x, int rows);
 // k_rope [..., Sk, 1, rope]; of a packed batch, offsets [N + 1] of queries and of keys.
 struct PrefillOperands {
   AnyBuffer q, k, v;
-  AnyBuffer k_rope;  // k stands in for it, unread, where heads share nothing
+  AnyBuffer k_rope;  // k stands in for it where heads share nothing
   const int32_t* offsets[2] = {nullptr, nullptr};
   int sequences = 0;
   int64_t batch, queries, heads, keys, kv_heads;

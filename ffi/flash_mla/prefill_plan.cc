@@ -18,11 +18,9 @@ PrefillConfig Config(const HeadSizes& sizes, PrefillMask mask) {
   return {sizes.qk_dim, sizes.rope, sizes.v_dim, mask, kBlockN, kStages};
 }
 
-PrefillBackwardPlan BackwardPlan(const HeadSizes& sizes, PrefillMask mask) {
+PrefillBackwardConfig BackwardConfig(const HeadSizes& sizes, PrefillMask mask) {
   constexpr int kWalked = 64, kStages = 3;
-  const PrefillBackwardConfig config = {sizes.qk_dim, sizes.rope, sizes.v_dim,
-                                        mask,         kWalked,    kStages};
-  return {config, config};
+  return {sizes.qk_dim, sizes.rope, sizes.v_dim, mask, kWalked, kStages};
 }
 
 PrefillMask Mask(const PrefillAttributes& a) {
@@ -71,21 +69,14 @@ ErrorOr<PrefillConfig> PlanPrefill(const PrefillAttributes& attributes) {
   return Config(sizes, Mask(attributes));
 }
 
-ErrorOr<PrefillBackwardPlan> PlanPrefillBackward(const PrefillAttributes& attributes) {
+ErrorOr<PrefillBackwardConfig> PlanPrefillBackward(const PrefillAttributes& attributes) {
   JAX_DS_ASSIGN_OR_RETURN(HeadSizes sizes, FindHeadSizes(attributes));
-  return BackwardPlan(sizes, Mask(attributes));
+  return BackwardConfig(sizes, Mask(attributes));
 }
 
 jit::KernelSpec PrefillSpec(const PrefillConfig& c) {
   return Spec("prefill.cuh", "Prefill", "PrefillConfig",
               {c.qk_dim, c.rope, c.v_dim, c.mask, c.block_n, c.stages}, PrefillSharedBytes(c));
-}
-
-jit::KernelSpec DeltaSpec(const PrefillBackwardConfig& c) {
-  jit::KernelSpec spec;
-  spec.file = "flash_mla/kernels/prefill_delta.cuh";
-  spec.entry = "jax_ds::flash_mla::PrefillDelta<" + std::to_string(c.v_dim) + ">";
-  return spec;
 }
 
 jit::KernelSpec DqSpec(const PrefillBackwardConfig& c) {
@@ -113,23 +104,16 @@ ErrorOr<unsigned int> PrefillGrid(int64_t batch, int64_t heads, int64_t rows, bo
   return Grid("128 rows", batch * heads * of_head, multiprocessors);
 }
 
-ErrorOr<unsigned int> DeltaGrid(int64_t batch, int64_t heads, int64_t queries) {
-  const int64_t tiles = (heads + kDeltaHeads - 1) / kDeltaHeads *
-                        ((queries + kDeltaTokens - 1) / kDeltaTokens) * batch;
-  return Grid("32 tokens", tiles, tiles);
-}
-
 std::vector<jit::KernelSpec> AllPrefillKernels() {
   std::vector<jit::KernelSpec> specs = {PackSpec()};
   for (const HeadSizes& sizes : kHeadSizes) {
     for (PrefillMask mask : {kCausalMask, kFullMask, kPackedMask}) {
-      const PrefillBackwardPlan plan = BackwardPlan(sizes, mask);
+      const PrefillBackwardConfig backward = BackwardConfig(sizes, mask);
       specs.push_back(PrefillSpec(Config(sizes, mask)));
-      specs.push_back(DqSpec(plan.dq));
-      specs.push_back(DkvSpec(plan.dkv));
+      specs.push_back(DqSpec(backward));
+      specs.push_back(DkvSpec(backward));
     }
   }
-  for (int v_dim : {64, 128}) specs.push_back(DeltaSpec({0, 0, v_dim, 0, 0, 0}));
   return specs;
 }
 

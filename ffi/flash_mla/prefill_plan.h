@@ -19,14 +19,10 @@ struct PrefillAttributes {
 
 ErrorOr<PrefillConfig> PlanPrefill(const PrefillAttributes& attributes);
 
-// The two large kernels of the gradient.
-struct PrefillBackwardPlan {
-  PrefillBackwardConfig dq, dkv;
-};
-ErrorOr<PrefillBackwardPlan> PlanPrefillBackward(const PrefillAttributes& attributes);
+// Of both kernels of the gradient.
+ErrorOr<PrefillBackwardConfig> PlanPrefillBackward(const PrefillAttributes& attributes);
 
 jit::KernelSpec PrefillSpec(const PrefillConfig& config);
-jit::KernelSpec DeltaSpec(const PrefillBackwardConfig& config);
 jit::KernelSpec DqSpec(const PrefillBackwardConfig& config);
 jit::KernelSpec DkvSpec(const PrefillBackwardConfig& config);
 jit::KernelSpec PackSpec();
@@ -35,9 +31,6 @@ jit::KernelSpec PackSpec();
 // packed batch, whose tiles only the device knows, as many as there can be.
 ErrorOr<unsigned int> PrefillGrid(int64_t batch, int64_t heads, int64_t rows, bool packed,
                                   int multiprocessors);
-
-// CTAs of the gradient's first kernel.
-ErrorOr<unsigned int> DeltaGrid(int64_t batch, int64_t heads, int64_t queries);
 
 std::vector<jit::KernelSpec> AllPrefillKernels();
 

@@ -185,6 +185,18 @@ JAX_DS_DEVICE void st_global_v4(void* pointer, uint4 value) {
                : "memory");
 }
 
+// Without a branch: addresses of several such stores are computed side by side.
+JAX_DS_DEVICE void st_global_v4_if(bool stores, void* pointer, uint4 value) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %5, 0;\n"
+      "@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n"
+      "}\n" ::"l"(pointer),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(static_cast<u32>(stores))
+      : "memory");
+}
+
 JAX_DS_DEVICE void st_global_b32(void* pointer, u32 value) {
   asm volatile("st.global.b32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
@@ -279,26 +291,19 @@ JAX_DS_DEVICE float ex2(float x) {
   return y;
 }
 
+JAX_DS_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 JAX_DS_DEVICE float lg2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-JAX_DS_DEVICE void prefetch_l2(const void* pointer) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer) : "memory");
-}
-
 // ---- synchronisation through global memory -----------------------------------------------------
-
-JAX_DS_DEVICE int2 ld_relaxed_gpu_v2_s32(const void* pointer) {
-  int2 value;
-  asm volatile("ld.relaxed.gpu.global.v2.s32 {%0, %1}, [%2];"
-               : "=r"(value.x), "=r"(value.y)
-               : "l"(pointer)
-               : "memory");
-  return value;
-}
 
 JAX_DS_DEVICE u32 atom_acq_rel_gpu_add(u32* pointer, u32 value) {
   u32 old;

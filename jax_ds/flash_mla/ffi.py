@@ -148,11 +148,11 @@ def prefill_backward(
         return dq, dk, dv, dk_rope
     batch, queries, heads, _ = q.shape
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
-    # Workspace, as results: what the kernels need of each query in rows of 16 bytes or a multiple,
-    # and the counters from which they draw their tiles.
+    # Workspace, as results: what the second kernel needs of each query, in rows of 16 bytes or a
+    # multiple, and the counter from which it draws its tiles.
     statistics = (batch, heads, 2, -(-queries // 4) * 4)
     outputs.append(jax.ShapeDtypeStruct(statistics, jnp.float32))
-    outputs.append(jax.ShapeDtypeStruct((2,), jnp.int32))
+    outputs.append(jax.ShapeDtypeStruct((1,), jnp.int32))
     if k_rope is not None:
         outputs.append(jax.ShapeDtypeStruct((*k.shape[:3], k_rope.shape[3]), k_rope.dtype))
     if cu_seqlens_q is not None:

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "flash_mla/kernels/prefill_common.cuh"
+#include "flash_mla/kernels/prefill_softmax.cuh"
 #include "flash_mla/kernels/prefill_tiles.cuh"
 
 namespace jax_ds::flash_mla {
@@ -88,87 +89,6 @@ JAX_DS_DEVICE void prefill_produce(const PrefillParams& p, PrefillStorage<kConfi
   }
 }
 
-// ---- softmax of a warpgroup's 64 queries --------------------------------------------------------
-
-// Of the two rows r and r + 8 that this thread shares with the other three of its quad.
-template <int kColumns>
-struct OnlineSoftmax {
-  // Probabilities are relative to a reference in units of log2. It follows the maximum only once it
-  // lags by kLag: they stay below 2^kLag, which costs no precision, and results so far seldom have
-  // to shrink. Bits of positive floats are ordered as integers and above those of negative ones, so
-  // one instruction compares two scores with the limit: what passes it is known for sure.
-  static constexpr float kLag = 8.0f;
-  static constexpr int kLagBits = __builtin_bit_cast(int, kLag);
-  static constexpr int kNothingSeen = -2147483647 - 1;  // every score passes it
-
-  float reference[2] = {};
-  int limit[2] = {kNothingSeen, kNothingSeen};
-  float sum[2] = {};  // of this thread's columns only
-
-  // Turns scores into probabilities. True if results so far must shrink, and by how much.
-  JAX_DS_DEVICE bool absorb(float (&scores)[kColumns / 2], float scale_log2, float (&shrink)[2]) {
-    int top[2] = {kNothingSeen, kNothingSeen};
-#pragma unroll
-    for (int j = 0; j < kColumns / 2; j += 2) {
-      const int half = j / 2 % 2;
-      scores[j] = scores[j] * scale_log2 - reference[half];
-      scores[j + 1] = scores[j + 1] * scale_log2 - reference[half];
-      top[half] = max(max(top[half], __float_as_int(scores[j])), __float_as_int(scores[j + 1]));
-    }
-    const bool moves = __any_sync(0xffffffffu, top[0] >= limit[0] || top[1] >= limit[1]);
-    if (moves) move(scores, shrink);
-    float total[2] = {};
-#pragma unroll
-    for (int j = 0; j < kColumns / 2; ++j) {
-      scores[j] = ex2(scores[j]);
-      total[j / 2 % 2] += scores[j];
-    }
-    sum[0] += total[0];
-    sum[1] += total[1];
-    return moves;
-  }
-
-  // Sums over the quad; afterwards `sum` is the row's.
-  JAX_DS_DEVICE void finish() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
-      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
-    }
-  }
-
- private:
-  // Lets the references follow, of rows where they lag.
-  JAX_DS_DEVICE void move(float (&scores)[kColumns / 2], float (&shrink)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = -kInfinity;
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-        top = fmaxf(top, fmaxf(scores[4 * j + 2 * half], scores[4 * j + 2 * half + 1]));
-      }
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const bool first = limit[half] == kNothingSeen;
-      float step = 0.0f;
-      shrink[half] = 1.0f;
-      if (first ? top > -kInfinity : top >= kLag) {
-        const float next = reference[half] + top;
-        step = next - reference[half];  // as rounded
-        if (!first) shrink[half] = ex2(-step);
-        reference[half] = next;
-        limit[half] = kLagBits;
-      }
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-        scores[4 * j + 2 * half] -= step;
-        scores[4 * j + 2 * half + 1] -= step;
-      }
-      sum[half] *= shrink[half];
-    }
-  }
-};
-
 // ---- consumer: one math warpgroup ---------------------------------------------------------------
 
 // What the queries of a tile see: this thread's two rows, and all 64 of the warpgroup.
@@ -192,7 +112,7 @@ struct PrefillConsumer {
 
   const PrefillParams& p;
   PrefillStorage<kConfig>& s;
-  const u32 group = warp_id() / 4;
+  const u32 warp = warp_id(), group = warp / 4;
   const u32 q = shared_address(s.q[group]);
   const bool releases = threadIdx.x % 128 == 0;
   const int keys_end;  // of a packed batch: padding from here on
@@ -273,12 +193,12 @@ struct PrefillConsumer {
   // Normalises and stores a warp's 16 rows, and their lse.
   JAX_DS_DEVICE void write(const HeldTile& tile, OnlineSoftmax<kN>& softmax,
                            float (&out)[kConfig.v_dim / 2]) const {
-    const int row = tile.row + warp_id() * 16;
+    const int row = tile.row + warp * 16;
     softmax.finish();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = row + half * 8 + lane_id() / 4;
-      const float inverse = softmax.sum[half] == 0.0f ? 0.0f : 1.0f / softmax.sum[half];
+      const float inverse = softmax.sum[half] == 0.0f ? 0.0f : rcp(softmax.sum[half]);
 #pragma unroll
       for (int j = 0; j < kConfig.v_dim / 8; ++j) {
         out[4 * j + 2 * half] *= inverse;
@@ -291,15 +211,7 @@ struct PrefillConsumer {
         p.lse[at] = (softmax.reference[half] + lg2(softmax.sum[half])) * kLn2;
       }
     }
-    const i64 stride = static_cast<i64>(p.queries.heads) * kConfig.v_dim;
-    u16* rows = static_cast<u16*>(p.out) +
-                (static_cast<i64>(tile.batch) * p.queries.rows + row) * stride +
-                tile.head * kConfig.v_dim;
-#pragma unroll
-    for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
-      store_slab(out, slab, shared_address(s.staging[warp_id()]), rows + slab * 64, stride,
-                 tile.end - row);
-    }
+    store_rows<0, kConfig.v_dim>(out, shared_address(s.staging[warp]), p.out, p.queries, tile, row);
   }
 };
 
@@ -322,11 +234,17 @@ JAX_DS_DEVICE void prefill_consume(const PrefillParams& p, PrefillStorage<kConfi
     // The scores of the tile's first block are there.
     const int blocks = walked_blocks(tile, kN), key = tile.first + (blocks - 1) * kN;
     c.release_keys(blocks == 1);
-    float out[kConfig.v_dim / 2] = {}, unused[2];
+    float out[kConfig.v_dim / 2] = {};
     u32 probabilities[kN / 16][4];
     OnlineSoftmax<kN> softmax;
     hide<kN>(scores, key, sees.own, -kInfinity);
-    softmax.absorb(scores, p.scale_log2, unused);
+    if constexpr (kConfig.mask == kPackedMask) {
+      softmax.begin(scores, p.scale_log2);
+    } else {
+      // The same again. Shorter code is slower here, by 3% of the whole: ptxas, not the work.
+      float unused[2];
+      softmax.absorb(scores, p.scale_log2, unused);
+    }
     pack_operand(scores, probabilities);
     if constexpr (kConfig.mask == kPackedMask) c.clear_padding(key);
     c.walk(tile, sees, blocks, scores, probabilities, softmax, out);

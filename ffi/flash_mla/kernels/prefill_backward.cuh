@@ -7,13 +7,13 @@
 //
 //   dq = scale ds k                  dk = scale ds^T q                  dv = p^T dout
 //
-// PrefillDelta is one pass over dout and out. PrefillDq holds 128 queries and walks the keys;
-// PrefillDkv holds 128 keys and walks the queries, with everything transposed, so that the left
-// operand of each last product is already in registers: neither p nor ds ever sees shared memory.
-// Recomputing the first two products in both costs 1152 instead of 832 (units of 2 Sq Sk at head
-// sizes 192/128) and saves float32 atomics on dq or a third kernel.
+// PrefillDq holds 128 queries and walks the keys; it begins a tile with delta, which PrefillDkv
+// reads from memory. PrefillDkv holds 128 keys and walks the queries, with everything transposed,
+// so that the left operand of each last product is already in registers: neither p nor ds ever sees
+// shared memory. Recomputing the first two products in both costs 1152 instead of 832 (units of 2
+// Sq Sk at head sizes 192/128) and saves float32 atomics on dq.
 //
-// Here: what the last two share.
+// Here: what both share.
 #pragma once
 
 #include "flash_mla/kernels/prefill_backward_config.h"
@@ -43,7 +43,7 @@ template <PrefillBackwardConfig kConfig>
 constexpr bool backward_legal() {
   constexpr PrefillBackwardConfig c = kConfig;
   static_assert(c.qk_dim % 64 == 0 && c.rope % 64 == 0 && c.v_dim % 64 == 0, "slabs of 64 columns");
-  static_assert(c.walked % 16 == 0, "steps of 16 in the last products, 128-byte boxes");
+  static_assert(c.walked == kBackwardBox, "a tile of the walked side is a box a slab");
   static_assert(sizeof(BackwardStorage<c>) <= PrefillBackwardSharedBytes(c), "counted");
   static_assert(PrefillBackwardSharedBytes(c) <= 232448, "an SM's shared memory");
   return true;
@@ -54,9 +54,9 @@ template <PrefillBackwardConfig kConfig, int kRows>
 JAX_DS_DEVICE void load_keys(const PrefillBackwardParams& p, u8* shared, u64* barrier, int kv_head,
                              int row, int batch) {
   constexpr int kOwn = (kConfig.qk_dim - kConfig.rope) / 64;
-  load_slabs<kRows>(shared, &p.k, barrier, kOwn, kv_head, row, batch);
-  load_slabs<kRows>(shared + kOwn * kRows * 128, &p.k_rope, barrier, kConfig.rope / 64, 0, row,
-                    batch);
+  load_slabs<kRows, kBackwardBox>(shared, &p.k, barrier, kOwn, kv_head, row, batch);
+  load_slabs<kRows, kBackwardBox>(shared + kOwn * kRows * 128, &p.k_rope, barrier,
+                                  kConfig.rope / 64, 0, row, batch);
 }
 
 template <PrefillBackwardConfig kConfig>

@@ -18,42 +18,31 @@ struct PrefillBackwardConfig {
 constexpr int kBackwardHeld = kHeldRows;  // rows of one side that a CTA holds
 constexpr int kBackwardThreads = 384;
 
-// What the first kernel leaves of each query for the other two, [B, H, 2, stride]: lse in units of
-// log2, +inf for a query that sees no key, and delta = dout . out - dlse. TMA wants a stride of 16
-// bytes.
+// What PrefillDq leaves of each query for PrefillDkv, [B, H, 2, stride]: lse in units of log2, +inf
+// for a query that sees no key, and delta = dout . out - dlse. TMA wants a stride of 16 bytes.
 constexpr int QueryStatisticsStride(int queries) { return (queries + 3) / 4 * 4; }
 
-struct PrefillDeltaParams {
-  const void* out;    // bf16 [B, Sq, H, V]
-  const void* dout;   // likewise
-  const float* lse;   // [B, Sq, H]
-  const float* dlse;  // likewise
-  float* statistics;
-  unsigned int* counters;  // [2], zeroed here for the kernels that follow
-  int batch;
-  int queries;
-  int heads;
-};
+constexpr int kBackwardBox = 64;  // rows, by 64 columns, of all maps
 
-constexpr int kDeltaThreads = 256;
-constexpr int kDeltaTokens = 32;  // of a CTA, by kDeltaHeads heads
-constexpr int kDeltaHeads = 16;
-
-// Boxes are 64 columns by 128 rows of what a kernel holds, by `walked` rows of the rest.
+// Of both kernels.
 struct PrefillBackwardParams {
-  TensorMap q;           // bf16 [B, Sq, H, D]
-  TensorMap dout;        // bf16 [B, Sq, H, V]
-  TensorMap k;           // bf16 [B, Sk, Hk, D - rope]
-  TensorMap k_rope;      // bf16 [B, Sk, 1, rope]
-  TensorMap v;           // bf16 [B, Sk, Hk, V]
-  TensorMap statistics;  // float32 [B H, 2, Sq], box 1 x 2 x walked
-  const float* rows;     // the same in memory
-  void* dq;              // bf16 [B, Sq, H, D]
-  void* dk;              // bf16 [B, Sk, Hk, D - rope]
-  void* dk_rope;         // bf16 [B, Sk, Hk, rope]: the part of each head
-  void* dv;              // bf16 [B, Sk, Hk, V]
-  PrefillWalk queries;   // the tiles of PrefillDq
-  PrefillWalk keys;      // those of PrefillDkv
+  TensorMap q;            // bf16 [B, Sq, H, D]
+  TensorMap dout;         // bf16 [B, Sq, H, V]
+  TensorMap k;            // bf16 [B, Sk, Hk, D - rope]
+  TensorMap k_rope;       // bf16 [B, Sk, 1, rope]
+  TensorMap v;            // bf16 [B, Sk, Hk, V]
+  TensorMap statistics;   // float32 [B H, 2, Sq], box 1 x 2 x 64
+  float* known;           // the same in memory
+  const void* out;        // bf16 [B, Sq, H, V]
+  const void* dout_rows;  // dout in memory
+  const float* lse;       // [B, Sq, H]
+  const float* dlse;      // likewise
+  void* dq;               // bf16 [B, Sq, H, D]
+  void* dk;               // bf16 [B, Sk, Hk, D - rope]
+  void* dk_rope;          // bf16 [B, Sk, Hk, rope]: the part of each head
+  void* dv;               // bf16 [B, Sk, Hk, V]
+  PrefillWalk queries;    // the tiles of PrefillDq
+  PrefillWalk keys;       // those of PrefillDkv
   float scale;
 };
 

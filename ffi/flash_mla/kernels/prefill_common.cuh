@@ -16,12 +16,16 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 // descriptors above all, then needs no other registers and no moves between the two kinds.
 JAX_DS_DEVICE u32 warp_uniform(u32 value) { return __reduce_or_sync(0xffffffffu, value); }
 
-// Loads `kRows` rows of a head as slabs of 64 columns: rows of 128 bytes, swizzled.
-template <int kRows>
+// Loads `kRows` rows of a head as slabs of 64 columns: rows of 128 bytes, swizzled. The map's boxes
+// are of kBox rows.
+template <int kRows, int kBox = kRows>
 JAX_DS_DEVICE void load_slabs(u8* shared, const TensorMap* map, u64* barrier, int slabs, int head,
                               int row, int batch) {
   for (int slab = 0; slab < slabs; ++slab) {
-    tma_load_4d(shared + slab * kRows * 128, map, barrier, slab * 64, head, row, batch);
+#pragma unroll
+    for (int i = 0; i < kRows; i += kBox) {
+      tma_load_4d(shared + (slab * kRows + i) * 128, map, barrier, slab * 64, head, row + i, batch);
+    }
   }
 }
 
@@ -68,12 +72,11 @@ JAX_DS_DEVICE void pack_operand(const float (&d)[kRegisters], u32 (&a)[kRegister
   for (int j = 0; j < kRegisters / 2; ++j) a[j / 4][j % 4] = cvt_bf16x2(d[2 * j], d[2 * j + 1]);
 }
 
-// Writes columns [64 slab, 64 slab + 64) of a warp's 16 rows as bf16, turned around in 2 KB of
-// shared memory so that a row leaves in pieces of 16 bytes. `out`: where row 0, column 64 slab
-// goes.
+// Columns [64 slab, 64 slab + 64) of a warp's 16 rows as bf16, turned around in 2 KB of shared
+// memory so that a row leaves in pieces of 16 bytes: piece i of lane l belongs to row 4 i + l / 8.
 template <int kRegisters>
-JAX_DS_DEVICE void store_slab(const float (&d)[kRegisters], int slab, u32 staging, u16* out,
-                              i64 row_stride, int valid_rows) {
+JAX_DS_DEVICE void turn_slab(const float (&d)[kRegisters], int slab, u32 staging,
+                             uint4 (&pieces)[4]) {
   const u32 lane = lane_id();
   __syncwarp();
 #pragma unroll
@@ -87,10 +90,7 @@ JAX_DS_DEVICE void store_slab(const float (&d)[kRegisters], int slab, u32 stagin
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = i * 4 + lane / 8, chunk = lane % 8;
-    if (row < valid_rows) {
-      st_global_v4(out + row * row_stride + chunk * 8,
-                   ld_shared_v4(staging + row * 128 + (chunk ^ (row % 8)) * 16));
-    }
+    pieces[i] = ld_shared_v4(staging + row * 128 + (chunk ^ (row % 8)) * 16);
   }
 }
 

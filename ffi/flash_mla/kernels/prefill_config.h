@@ -30,9 +30,9 @@ struct PrefillWalk {
   int heads;
   int rows;
   int others;
-  // Where CTAs draw their next tile, zero at first. Null: tiles are dealt out beforehand.
-  unsigned int* counter;
-  const int* packed;  // this side's lists, PackedLayout; null unless the batch is packed
+  // Where CTAs draw their next tile, zero at first; null where tiles are dealt out beforehand.
+  int* counter = nullptr;
+  const int* packed = nullptr;  // this side's lists, PackedLayout; null unless the batch is packed
 };
 
 struct PrefillParams {

@@ -21,8 +21,8 @@ JAX_DS_DEVICE void produce_for_dkv(const PrefillBackwardParams& p, BackwardStora
     held.commit(s.kHeldBytes);
     load_keys<kConfig, kBackwardHeld>(p, s.held_wide[0], held.full(), tile.head, tile.row,
                                       tile.batch);
-    load_slabs<kBackwardHeld>(s.held_narrow[0], &p.v, held.full(), kConfig.v_dim / 64, tile.head,
-                              tile.row, tile.batch);
+    load_slabs<kBackwardHeld, kBackwardBox>(s.held_narrow[0], &p.v, held.full(), kConfig.v_dim / 64,
+                                            tile.head, tile.row, tile.batch);
     held.advance();
     const int blocks = walked_blocks(tile, kWalked);
     for (int h = 0; h < shared_by; ++h) {
@@ -124,84 +124,106 @@ struct DkvConsumer {
     hide<kWalked>(d, query, seen, 0.0f);
   }
 
-  // Takes the held keys past the queries of every head that reads them.
-  JAX_DS_DEVICE void walk(const HeldTile& tile, const Interval<Side::kKeys, kConfig.mask>& common,
-                          float (&dk)[kConfig.qk_dim / 2], float (&dv)[kConfig.v_dim / 2]) {
-    const int blocks = walked_blocks(tile, kWalked) * (p.queries.heads / p.keys.heads);
-    int query = tile.first;
-    for (int block = 0; block < blocks; ++block, ring.advance()) {
-      const int slot = warp_uniform(ring.slot());
-      const u32 q = shared_address(s.walked_wide[slot]);
-      const u32 dout = shared_address(s.walked_narrow[slot]);
-      const bool masked = !common.sees_all(query, kWalked);
-      float scores[kWalked / 2];
-      u32 operand[kWalked / 16][4];
-      ring.wait();
-      if (kConfig.mask != kFullMask && masked) clear_blind_queries(slot);
-      multiply_slabs<kConfig.qk_dim, kHeld, kWalked>(scores, k, q);
-      wgmma::wait_group<0>();
-      exponentiate(scores, slot);
-      if (masked) hide_unseen(scores, query, tile);
-      pack_operand(scores, operand);
+  // scores = k q^T of the block of queries in this slot; asynchronous.
+  JAX_DS_DEVICE void multiply_queries(float (&scores)[kWalked / 2], u32 slot, bool masked) const {
+    if (kConfig.mask != kFullMask && masked) clear_blind_queries(slot);
+    multiply_slabs<kConfig.qk_dim, kHeld, kWalked>(scores, k, shared_address(s.walked_wide[slot]));
+  }
 
-      // The same registers once more: beside dk and dv, 160 of them at head sizes 192/128, there is
-      // no room for scores and dp of 64 queries at once.
-      float (&dp)[kWalked / 2] = scores;
-      multiply_slabs<kConfig.v_dim, kHeld, kWalked>(dp, v, dout);
-      accumulate_slabs<kWalked>(dv, operand, dout);
-      wgmma::wait_group<1>();
-      // The next keys and values may arrive while the rest of this tile is done.
-      if (releases && block == blocks - 1) mbarrier_arrive(s.held.empty);
-      subtract_delta(dp, slot);
-      if (masked) hide_unseen(dp, query, tile);
-      u32 ds[kWalked / 16][4];
-      multiply_pairs(operand, dp, ds);
-      wgmma::wait_group<0>();
-      accumulate_slabs<kWalked>(dk, ds, q);
-      wgmma::wait_group<0>();
+  // Of the block whose scores are given: dv += p^T dout; leaves ds^T for dk.
+  JAX_DS_DEVICE void multiply_values(const HeldTile& tile, int query, u32 slot, bool masked,
+                                     float (&scores)[kWalked / 2], u32 (&ds)[kWalked / 16][4],
+                                     float (&dv)[kConfig.v_dim / 2]) const {
+    const u32 dout = shared_address(s.walked_narrow[slot]);
+    u32 probabilities[kWalked / 16][4];
+    exponentiate(scores, slot);
+    if (masked) hide_unseen(scores, query, tile);
+    pack_operand(scores, probabilities);
+    // The same registers once more: beside dk and dv, 160 of them at head sizes 192/128, there is
+    // no room for scores and dp of 64 queries at once.
+    float (&dp)[kWalked / 2] = scores;
+    multiply_slabs<kConfig.v_dim, kHeld, kWalked>(dp, v, dout);
+    accumulate_slabs<kWalked>(dv, probabilities, dout);
+    wgmma::wait_group<1>();
+    subtract_delta(dp, slot);
+    if (masked) hide_unseen(dp, query, tile);
+    multiply_pairs(probabilities, dp, ds);
+    wgmma::wait_group<0>();
+  }
+
+  // Passes over blocks of queries that see none of this warpgroup's keys.
+  JAX_DS_DEVICE void pass(int blocks) {
+    for (; blocks > 0; --blocks, ring.advance()) {
+      ring.wait();
+      bar_sync(3 + group, 128);  // no warp may still wait for what is released
       if (releases) ring.release();
-      query += kWalked;
-      if (query >= tile.last) query = tile.first;  // of the next head
+    }
+  }
+
+  // Takes the held keys past the queries of every head that reads them, but for those of the first
+  // head before any that see this warpgroup's keys. The next block's scores are issued with dk's
+  // product of this one.
+  JAX_DS_DEVICE void walk(const HeldTile& tile, float (&dk)[kConfig.qk_dim / 2],
+                          float (&dv)[kConfig.v_dim / 2]) {
+    const int row = tile.row + group * 64;
+    const auto common = common_interval<Side::kKeys, kConfig.mask>(p.keys, tile, row);
+    const auto joint = joint_interval<Side::kKeys, kConfig.mask>(p.keys, tile, row);
+    const int blocks = warp_uniform(walked_blocks(tile, kWalked));
+    const int before = warp_uniform(min(blocks - 1, max(0, joint.first - tile.first) / kWalked));
+    int left = blocks * (p.queries.heads / p.keys.heads) - before;
+    int query = tile.first + before * kWalked;
+    pass(before);
+    ring.wait();
+    bool masked = !common.sees_all(query, kWalked);
+    float scores[kWalked / 2];
+    multiply_queries(scores, warp_uniform(ring.slot()), masked);
+    wgmma::wait_group<0>();
+    while (true) {
+      const u32 place = ring.slot();
+      const int slot = warp_uniform(place);
+      const u32 q = shared_address(s.walked_wide[slot]);
+      u32 ds[kWalked / 16][4];
+      multiply_values(tile, query, slot, masked, scores, ds, dv);
+      ring.advance();
+      query = query + kWalked < tile.last ? query + kWalked : tile.first;  // of the next head
+      if (--left == 0) {
+        // The next keys and values may arrive while the rest of this tile is done.
+        if (releases) mbarrier_arrive(s.held.empty);
+        accumulate_slabs<kWalked>(dk, ds, q);
+        wgmma::wait_group<0>();
+        if (releases) mbarrier_arrive(&s.ring.empty[place]);
+        return;
+      }
+      ring.wait();
+      masked = !common.sees_all(query, kWalked);
+      accumulate_slabs<kWalked>(dk, ds, q);
+      multiply_queries(scores, warp_uniform(ring.slot()), masked);
+      wgmma::wait_group<1>();
+      if (releases) mbarrier_arrive(&s.ring.empty[place]);
+      wgmma::wait_group<0>();
     }
   }
 };
 
 template <PrefillBackwardConfig kConfig>
 JAX_DS_DEVICE void consume_for_dkv(const PrefillBackwardParams& p, BackwardStorage<kConfig>& s) {
-  constexpr int kOwn = (kConfig.qk_dim - kConfig.rope) / 64;
+  constexpr int kOwn = kConfig.qk_dim - kConfig.rope;
   DkvConsumer<kConfig> consumer(p, s);
   TileReader<true> reader(s.board);
   while (reader.next()) {
     const HeldTile& tile = reader.posted();
-    const auto common =
-        common_interval<Side::kKeys, kConfig.mask>(p.keys, tile, tile.row + consumer.group * 64);
     float dk[kConfig.qk_dim / 2] = {};
     float dv[kConfig.v_dim / 2] = {};
     mbarrier_wait(s.held.full, reader.phase());
-    consumer.walk(tile, common, dk, dv);
+    consumer.walk(tile, dk, dv);
 
 #pragma unroll
     for (int j = 0; j < kConfig.qk_dim / 2; ++j) dk[j] *= p.scale;
     const int warp = threadIdx.x / 32, row = tile.row + warp * 16;
-    const i64 token = static_cast<i64>(tile.batch) * p.keys.rows + row;
-    auto store = [&](auto& d, int slab, void* out, int width, int place) {
-      const i64 stride = static_cast<i64>(p.keys.heads) * width;
-      store_slab(d, slab, shared_address(s.staging[warp]),
-                 static_cast<u16*>(out) + token * stride + tile.head * width + place * 64, stride,
-                 tile.end - row);
-    };
-#pragma unroll
-    for (int slab = 0; slab < kConfig.qk_dim / 64; ++slab) {
-      if (slab < kOwn) {
-        store(dk, slab, p.dk, kOwn * 64, slab);
-      } else {
-        store(dk, slab, p.dk_rope, kConfig.rope, slab - kOwn);
-      }
-    }
-#pragma unroll
-    for (int slab = 0; slab < kConfig.v_dim / 64; ++slab) {
-      store(dv, slab, p.dv, kConfig.v_dim, slab);
-    }
+    const u32 staging = shared_address(s.staging[warp]);
+    store_rows<0, kOwn>(dk, staging, p.dk, p.keys, tile, row);
+    store_rows<kOwn, kConfig.rope>(dk, staging, p.dk_rope, p.keys, tile, row);
+    store_rows<0, kConfig.v_dim>(dv, staging, p.dv, p.keys, tile, row);
   }
 }
 

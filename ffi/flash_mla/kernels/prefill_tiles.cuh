@@ -4,6 +4,7 @@
 
 #include "flash_mla/kernels/prefill_common.cuh"
 #include "flash_mla/kernels/prefill_config.h"
+#include "flash_mla/kernels/prefill_dealing.h"
 #include "kernels/pipeline.cuh"
 
 namespace jax_ds::flash_mla {
@@ -20,6 +21,8 @@ struct HeldTile {
 };
 
 // ---- what a row sees ----------------------------------------------------------------------------
+
+constexpr int kNever = 1 << 30;  // past every row
 
 // The rows of the other side that a held row sees: [first, last). A bound that hides nothing is
 // not looked at.
@@ -53,13 +56,22 @@ JAX_DS_DEVICE Interval<kHeld, kMask> row_interval(const PrefillWalk& w, int row)
   }
 }
 
-// What every one of the (at most 64) rows from `row` on sees: where nothing needs to be hidden.
+// What every one of a warpgroup's 64 rows sees: where nothing needs to be hidden.
 template <Side kHeld, int kMask>
 JAX_DS_DEVICE Interval<kHeld, kMask> common_interval(const PrefillWalk& w, const HeldTile& tile,
                                                      int row) {
   const int first_row = min(row, tile.end - 1), last_row = min(row + 63, tile.end - 1);
   return {row_interval<kHeld, kMask>(w, last_row).first,
           row_interval<kHeld, kMask>(w, first_row).last};
+}
+
+// What any of them sees: outside of it nothing needs to be done. The tile may end before them.
+template <Side kHeld, int kMask>
+JAX_DS_DEVICE Interval<kHeld, kMask> joint_interval(const PrefillWalk& w, const HeldTile& tile,
+                                                    int row) {
+  if (row >= tile.end) return {kNever, 0};
+  const int last_row = min(row + 63, tile.end - 1);
+  return {row_interval<kHeld, kMask>(w, row).first, row_interval<kHeld, kMask>(w, last_row).last};
 }
 
 // Replaces a thread's elements of a 64 x kColumns tile, whose columns are rows of the other side
@@ -91,48 +103,39 @@ class Dealer {
  public:
   JAX_DS_DEVICE explicit Dealer(const PrefillWalk& walk) : w(walk) {
     of_head = kMask == kPackedMask ? w.packed[kPackedTiles] : (w.rows + kHeldRows - 1) / kHeldRows;
-    const int heads = w.batch * w.heads, grid = gridDim.x;
-    total = heads * of_head;
-    // With many tiles a CTA, head after head reads the other side from memory once; the last heads,
-    // of a few tiles a CTA, are dealt together, the longest of all first, so that CTAs end together
-    // where they draw. With few tiles, all are.
-    together = heads;
-    if (total >= 16 * grid) {
-      together = w.counter == nullptr ? 1 : min(heads, (4 * grid + of_head - 1) / of_head);
-    }
-    alone = heads - together;
-    drawn = blockIdx.x;
+    heads = w.batch * w.heads;
+    const int last_heads = (8 * static_cast<int>(gridDim.x) + of_head - 1) / max(1, of_head);
+    together = min(heads, last_heads);
   }
 
   JAX_DS_DEVICE HeldTile next() {
-    const int index = draw();
-    if (index >= total) return {0, -1, 0, 0, 0, 0};
-    int head = index / of_head, place = index % of_head;
-    if (head >= alone) {
-      const int inside = index - alone * of_head;
-      head = alone + inside % together;
-      place = inside / together;
-    }
-    HeldTile tile = at(place);
+    DealtTile dealt;
+    do {
+      dealt = kDrawn ? draw() : dealt_tile(round, blockIdx.x, gridDim.x, heads, of_head);
+      ++round;
+      if (dealt.head < 0) return {0, -1, 0, 0, 0, 0};
+    } while (dealt.place == of_head);
+    HeldTile tile = at(dealt.place);
     // TMA reads what is known of each query from a multiple of 16 bytes on.
     if (kHeld == Side::kKeys) tile.first &= ~3;
-    tile.batch = head / w.heads;
-    tile.head = head % w.heads;
+    tile.batch = dealt.head / w.heads;
+    tile.head = dealt.head % w.heads;
     return tile;
   }
 
  private:
-  // Drawn from the counter, one ahead so that nobody waits for it. Without one, every other round
-  // deals in reverse, so that no CTA gets the longer tile every time.
-  JAX_DS_DEVICE int draw() {
-    const int index = drawn;
-    if (w.counter != nullptr) {
-      drawn = gridDim.x + atomicAdd(w.counter, 1u);
-    } else {
-      ++round;
-      drawn = round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-    }
-    return index;
+  // Tiles of a packed batch are of any length, and CTAs are not equally fast over keys.
+  static constexpr bool kDrawn = kMask == kPackedMask || kHeld == Side::kKeys;
+
+  // Drawn from the counter. Head after head, but for the last ones, of eight tiles a CTA: they are
+  // dealt together, the longest of all first, so that CTAs end together.
+  JAX_DS_DEVICE DealtTile draw() {
+    const int grid = gridDim.x, alone = heads - together;
+    const int index = round == 0 ? blockIdx.x : grid + atomicAdd(w.counter, 1);
+    if (index >= heads * of_head) return {-1, 0};
+    if (index < alone * of_head) return {index / of_head, index % of_head};
+    const int inside = index - alone * of_head;
+    return {alone + inside % together, inside / together};
   }
 
   // The head's tile in this place, from the longest on.
@@ -154,10 +157,35 @@ class Dealer {
   }
 
   const PrefillWalk& w;
-  int of_head, total;
-  int together, alone;  // heads dealt as one, after those dealt one by one
-  int drawn, round = 0;
+  int heads, of_head;  // all of them, and tiles of each
+  int round = 0;
+  int together;  // heads drawn from as one
 };
+
+// ---- the way out --------------------------------------------------------------------------------
+
+// Writes columns [kFrom, kFrom + kColumns) of a warp's 16 rows, those from `row` on, as the tile's
+// head of x: bf16 [B, S, H, kColumns]. One slab is turned around while the one before it leaves.
+template <int kFrom, int kColumns, int kRegisters>
+JAX_DS_DEVICE void store_rows(const float (&d)[kRegisters], u32 staging, void* x,
+                              const PrefillWalk& w, const HeldTile& tile, int row) {
+  constexpr int kSlabs = kColumns / 64;
+  const i64 stride = static_cast<i64>(w.heads) * kColumns;
+  const int own = row + static_cast<int>(lane_id()) / 8;
+  u16* out = static_cast<u16*>(x) + (static_cast<i64>(tile.batch) * w.rows + own) * stride +
+             tile.head * kColumns + lane_id() % 8 * 8;
+  uint4 pieces[2][4];
+#pragma unroll
+  for (int slab = 0; slab <= kSlabs; ++slab) {
+    if (slab < kSlabs) turn_slab(d, kFrom / 64 + slab, staging, pieces[slab % 2]);
+    if (slab == 0) continue;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      st_global_v4_if(own + 4 * i < tile.end, out + (slab - 1) * 64 + 4 * i * stride,
+                      pieces[(slab - 1) % 2][i]);
+    }
+  }
+}
 
 // ---- telling the rest of the CTA ----------------------------------------------------------------
 
@@ -170,19 +198,22 @@ struct TileBoard {
   JAX_DS_DEVICE void init() { barriers.init(1, kReaders); }
 };
 
-// Posts the tiles of this CTA, then one without a head; one thread of a warp of its own.
+// Posts the tiles of this CTA, then one without a head; one thread of a warp of its own. A tile is
+// taken no sooner than there is room for it, one ahead of the math: who draws further ahead may get
+// a long tile while others run out of work.
 template <Side kHeld, int kMask>
 JAX_DS_DEVICE void post_tiles(const PrefillWalk& walk, TileBoard& board) {
   Dealer<kHeld, kMask> dealer(walk);
   Pipeline<TileBoard::kStages> ring(board.barriers);
-  HeldTile tile;
-  do {
-    tile = dealer.next();
+  bool more = true;
+  while (more) {
     ring.acquire();
+    const HeldTile tile = dealer.next();
     board.tiles[ring.slot()] = tile;
     mbarrier_arrive(ring.full());
     ring.advance();
-  } while (tile.head >= 0);
+    more = tile.head >= 0;
+  }
 }
 
 // Reads tiles off the board. Of a warp: all of it, or the one thread of it that works. All state
