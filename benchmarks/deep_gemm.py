@@ -132,12 +132,16 @@ def grouped(uneven: bool = False) -> list[timing.Row]:
     return rows
 
 
+def _masked_name(sizes: tuple[int, ...], n: int, k: int) -> str:
+    return f"masked {len(sizes)}x{sum(sizes) // len(sizes)} of 4096 n={n} k={k}"
+
+
 def masked() -> list[timing.Row]:
     rows = []
     for (sizes, n, k), (_, expected) in MASKED.items():
         g = len(sizes)
         operands = _operands((g, 4096, k), (g, n, k), False, jnp.asarray(sizes, jnp.int32))
-        name = f"masked {g}x{sum(sizes) // g} of 4096 n={n} k={k}"
+        name = _masked_name(sizes, n, k)
         op = functools.partial(deep_gemm.fp8_masked_gemm, expected_rows=expected)
         rows.append(_row(name, op, operands, 2.0 * sum(sizes) * n * k, zero_tail=False))
     return rows
@@ -250,10 +254,7 @@ def marks() -> dict[str, float]:
     found |= {f"bf16 {m}x{n}x{k}": us for (m, n, k), (_, us) in DENSE.items()}
     found |= {f"grouped {g}x{r} n={n} k={k}": us for (g, r, n, k), us in GROUPED.items()}
     found |= {f"grouped {g}x{r} n={n} k={k} uneven": us for (g, r, n, k), us in GROUPED.items()}
-    found |= {
-        f"masked {len(s)}x{sum(s) // len(s)} of 4096 n={n} k={k}": us
-        for (s, n, k), (us, _) in MASKED.items()
-    }
+    found |= {_masked_name(*case): us for case, (us, _) in MASKED.items()}
     found |= {f"wgrad {g}x{r} n={n} k={k}": us for (g, r, n, k), us in WGRAD.items()}
     return found
 

@@ -1,5 +1,6 @@
 #include "deep_gemm/handler.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -11,6 +12,7 @@
 #include "support/driver.h"
 #include "support/per_device.h"
 #include "support/shape.h"
+#include "support/stages.h"
 
 namespace jax_ds::deep_gemm {
 namespace {
@@ -92,29 +94,56 @@ ErrorOr<int64_t> CheckOperands(const Problem& p, AnyBuffer lhs, AnyBuffer lhs_sc
 }
 
 // `rest` holds group_sizes, int32 [..., G], unless the product is one dense matrix; then, if the
-// output is added to, its buffer once more (the two are aliased).
+// output is added to, its buffer once more (the two are aliased). Returns the sizes, or null.
+ErrorOr<const int*> TakeRest(const Problem& p, ffi::RemainingArgs rest, const AnyBuffer& out,
+                             int64_t batch) {
+  const size_t adds = p.output == kFloat32Add ? 1 : 0;
+  if (adds) {
+    if (rest.size() == 0) return InvalidArgument("accumulate: missing");
+    JAX_DS_ASSIGN_OR_RETURN(AnyBuffer sum, rest.get<AnyBuffer>(rest.size() - 1));
+    if (sum.untyped_data() != out.untyped_data()) {
+      return InvalidArgument("accumulate: must be aliased to the output");
+    }
+  }
+  if (rest.size() <= adds) {
+    if (p.mode == kGrouped || p.mode == kMasked) return InvalidArgument("group_sizes: missing");
+    return nullptr;
+  }
+  JAX_DS_ASSIGN_OR_RETURN(AnyBuffer sizes, rest.get<AnyBuffer>(0));
+  JAX_DS_RETURN_IF_ERROR(CheckBuffer("group_sizes", sizes, DataType::S32, {p.groups}));
+  if (LeadingSize(sizes, 1) != batch) return InvalidArgument("group_sizes: wrong batch");
+  return static_cast<const int*>(sizes.untyped_data());
+}
+
+// The tensor maps of one product.
+Error EncodeMaps(const Problem& p, const Config& c, void* lhs, void* rhs, Params* params) {
+  const bool many_rhs = p.mode == kGrouped || p.mode == kMasked;
+  const int64_t lhs_rows = p.mode == kMasked ? p.m * p.groups : p.m;
+  const int64_t rhs_rows = many_rhs ? p.n * p.groups : p.n;
+  const int64_t matrices = p.mode == kMasked || p.mode == kWgrad ? p.groups : 1;
+  const int out_bytes = OutputBytes(c);
+  const jit::MapType out_type =
+      p.output == kBfloat16 ? jit::MapType::kBfloat16 : jit::MapType::kFloat32;
+  JAX_DS_ASSIGN_OR_RETURN(params->lhs,
+                          jit::EncodeTensorMap(jit::MapType::kUint8, lhs, {p.k, lhs_rows}, {p.k},
+                                               {kBlockK, LhsBox(c)}, {jit::Swizzle::k128B}));
+  JAX_DS_ASSIGN_OR_RETURN(params->rhs,
+                          jit::EncodeTensorMap(jit::MapType::kUint8, rhs, {p.k, rhs_rows}, {p.k},
+                                               {kBlockK, c.block_n}, {jit::Swizzle::k128B}));
+  JAX_DS_ASSIGN_OR_RETURN(
+      params->out, jit::EncodeTensorMap(out_type, params->out_data, {p.n, p.m, matrices},
+                                        {p.n * out_bytes, p.m * p.n * out_bytes},
+                                        {128 / out_bytes, OutBox(c), 1}, {jit::Swizzle::k128B}));
+  return Error::Success();
+}
+
 Error Execute(GemmState* state, int32_t ordinal, cuda::Stream stream, AnyBuffer lhs,
               AnyBuffer lhs_scales, AnyBuffer rhs, AnyBuffer rhs_scales, ffi::RemainingArgs rest,
               ffi::Result<AnyBuffer> out) {
   const Problem& p = state->problem;
-  const Config& c = state->plan.config;
+  JAX_DS_RETURN_IF_ERROR(CheckOrdinal(ordinal));
   JAX_DS_ASSIGN_OR_RETURN(int64_t batch, CheckOperands(p, lhs, lhs_scales, rhs, rhs_scales, *out));
-  const size_t adds = p.output == kFloat32Add ? 1 : 0;
-  const int* group_sizes = nullptr;
-  if (rest.size() > adds) {
-    JAX_DS_ASSIGN_OR_RETURN(AnyBuffer sizes, rest.get<AnyBuffer>(0));
-    JAX_DS_RETURN_IF_ERROR(CheckBuffer("group_sizes", sizes, DataType::S32, {p.groups}));
-    if (LeadingSize(sizes, 1) != batch) return InvalidArgument("group_sizes: wrong batch");
-    group_sizes = static_cast<const int*>(sizes.untyped_data());
-  } else if (p.mode == kGrouped || p.mode == kMasked) {
-    return InvalidArgument("group_sizes: missing");
-  }
-  if (adds) {
-    JAX_DS_ASSIGN_OR_RETURN(AnyBuffer sum, rest.get<AnyBuffer>(rest.size() - 1));
-    if (sum.untyped_data() != out->untyped_data()) {
-      return InvalidArgument("accumulate: must be aliased to the output");
-    }
-  }
+  JAX_DS_ASSIGN_OR_RETURN(const int* group_sizes, TakeRest(p, rest, *out, batch));
 
   Params params = {};
   params.num_groups = static_cast<int>(p.groups);
@@ -132,26 +161,11 @@ Error Execute(GemmState* state, int32_t ordinal, cuda::Stream stream, AnyBuffer 
     auto part = [&](const AnyBuffer& buffer) {
       return static_cast<char*>(buffer.untyped_data()) + buffer.size_bytes() / batch * i;
     };
-    const int64_t lhs_rows = p.mode == kMasked ? p.m * p.groups : p.m;
-    const int64_t rhs_rows = p.mode == kGrouped || p.mode == kMasked ? p.n * p.groups : p.n;
-    JAX_DS_ASSIGN_OR_RETURN(
-        params.lhs, jit::EncodeTensorMap(jit::MapType::kUint8, part(lhs), {p.k, lhs_rows}, {p.k},
-                                         {kBlockK, LhsBox(c)}, {jit::Swizzle::k128B}));
-    JAX_DS_ASSIGN_OR_RETURN(
-        params.rhs, jit::EncodeTensorMap(jit::MapType::kUint8, part(rhs), {p.k, rhs_rows}, {p.k},
-                                         {kBlockK, c.block_n}, {jit::Swizzle::k128B}));
     params.lhs_scales = reinterpret_cast<const float*>(part(lhs_scales));
     params.rhs_scales = reinterpret_cast<const float*>(part(rhs_scales));
     params.out_data = part(*out);
-    const int out_bytes = OutputBytes(c);
-    const int64_t matrices = p.mode == kMasked || p.mode == kWgrad ? p.groups : 1;
-    const jit::MapType out_type =
-        p.output == kBfloat16 ? jit::MapType::kBfloat16 : jit::MapType::kFloat32;
-    JAX_DS_ASSIGN_OR_RETURN(
-        params.out, jit::EncodeTensorMap(out_type, params.out_data, {p.n, p.m, matrices},
-                                         {p.n * out_bytes, p.m * p.n * out_bytes},
-                                         {128 / out_bytes, OutBox(c), 1}, {jit::Swizzle::k128B}));
     params.group_sizes = group_sizes == nullptr ? nullptr : group_sizes + i * p.groups;
+    JAX_DS_RETURN_IF_ERROR(EncodeMaps(p, state->plan.config, part(lhs), part(rhs), &params));
     JAX_DS_RETURN_IF_ERROR(jit::Launch(*state->kernel, ordinal, stream, shape, params));
   }
   return Error::Success();
@@ -169,29 +183,14 @@ XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                            .Attr<bool>("accumulate")
                            .Attr<bool>("zero_tail")
                            .Attr<std::string_view>("config"));
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, Initialize,
-    ffi::Ffi::BindInitialize().Ctx<ffi::State<GemmState>>().Ctx<ffi::DeviceOrdinal>());
-XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::State<GemmState>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::PlatformStream<cuda::Stream>>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<AnyBuffer>(),
-                       {ffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
 Room GetRoom() {
-  return {"deep_gemm",
-          {{"jax_ds_gemm_state", &GemmState::id, GemmState::info()}},
-          {{"jax_ds_gemm", kInstantiate, nullptr, kInitialize, kExecute}},
-          AllKernels()};
+  return {
+      "deep_gemm",
+      {{"jax_ds_gemm_state", &GemmState::id, GemmState::info()}},
+      {{"jax_ds_gemm", kInstantiate, nullptr, InitializeStage<Initialize>, ExecuteStage<Execute>}},
+      AllKernels()};
 }
 
 }  // namespace jax_ds::deep_gemm

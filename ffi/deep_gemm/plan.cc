@@ -70,7 +70,8 @@ std::vector<Candidate> Candidates(Mode mode) {
   return candidates;
 }
 
-// The rows of one matrix of rhs. The host does not know how they divide into groups.
+// The rows of lhs that meet one matrix of rhs, evenly divided: the host does not know the groups.
+// Weight gradients: the rows of one output.
 double ExpectedRows(const Problem& p) {
   if (p.mode == kGrouped) return static_cast<double>(p.m) / static_cast<double>(p.groups);
   if (p.mode != kMasked) return static_cast<double>(p.m);
@@ -196,7 +197,8 @@ ErrorOr<Output> ParseOutput(std::string_view name, bool accumulate) {
 }
 
 ErrorOr<std::vector<Plan>> Rank(const Problem& p, int num_sms) {
-  for (int64_t size : {p.m, p.n, p.k, p.groups, p.expected_rows + 1}) {
+  if (p.expected_rows < 0) return InvalidArgument("expected_rows: must not be negative");
+  for (int64_t size : {p.m, p.n, p.k, p.groups}) {
     if (size < 1 || size > std::numeric_limits<int>::max()) {
       return InvalidArgument("sizes must be between 1 and 2^31 - 1, got " + std::to_string(size));
     }

@@ -67,17 +67,17 @@ constexpr int RoundUp(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Columns of a tile that surely share a scale of rhs: tiles start at multiples of block_n, blocks
-// of 128 columns at multiples of 128.
+// Columns that surely share a scale of rhs, counted from a tile's first: tiles start at multiples
+// of block_n, scales change at multiples of 128.
 constexpr int ScaleUnit(const Config& c) {
   int unit = 128;
   while (c.block_n % unit != 0) unit /= 2;
   return unit;
 }
 
-// Floats of one stage's scales of rhs: a row of the tile each, or the (at most two) 128-blocks.
-// Those of a row of the tile each: what a lane needs lies together, four lanes' shares in different
-// banks.
+// Floats of one stage's scales of rhs: one for each 128-block of columns, at most three. Weight
+// gradients have one for each column: what a lane needs of them lies together, four lanes' shares
+// in different banks.
 constexpr int ScaleLane(const Config& c) { return c.block_n / 4 + 4; }
 constexpr int RhsScaleSlots(const Config& c) { return c.mode == kWgrad ? 4 * ScaleLane(c) : 4; }
 
@@ -114,7 +114,7 @@ constexpr int ScaleBlocks(const Config& c) {
 // Rows of lhs that one load brings.
 constexpr int LhsBox(const Config& c) { return IsRagged(c) ? 64 : c.block_m / c.multicast; }
 
-// Bytes of what is known of groups: where they end; of ragged ones the order of their tiles too.
+// Bytes of `Groups`: a number a group; of ragged groups the order of their tiles too.
 constexpr int GroupBytes(const Config& c) {
   if (c.mode == kDense) return 16;
   if (!IsRagged(c)) return kMaxGroups * 4;

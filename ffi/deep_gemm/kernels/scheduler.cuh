@@ -31,19 +31,20 @@ JAX_DS_DEVICE int first_scale(const Params& p, int row) {
 // hold, so that no wrong size reads or writes out of bounds.
 template <Config kConfig>
 JAX_DS_DEVICE void load_groups(const Params& p, int* ends) {
-  const int limit = kConfig.mode == kWgrad ? (p.k + kBlockK - 1) / kBlockK : p.m;
-  int carry = 0;
+  constexpr u32 kUnit = kConfig.mode == kWgrad ? kBlockK : 1;
+  const u32 held = kConfig.mode == kWgrad ? p.k : p.m;
+  const u32 limit = (held + kUnit - 1) / kUnit;
+  u32 carry = 0;
   for (int base = 0; base < p.num_groups; base += 32) {
     const int g = base + lane_id();
-    int size = limit * kBlockK;
+    u32 size = held;
     if (p.group_sizes != nullptr) size = g < p.num_groups ? max(p.group_sizes[g], 0) : 0;
-    if constexpr (kConfig.mode == kMasked) {
-      size = min(size, limit);
-    } else {
-      if constexpr (kConfig.mode == kWgrad) size = (size + kBlockK - 1) / kBlockK;
-      size = carry + warp_inclusive_sum(min(size, limit));
+    size = min((size + kUnit - 1) / kUnit, limit);
+    if constexpr (kConfig.mode != kMasked) {
+      // Saturating, as sums of sizes may exceed 32 bits, but not those of two.
+      const auto add = [=](u32 a, u32 b) { return min(a + b, limit); };
+      size = add(carry, warp_inclusive_scan(size, add));
       carry = __shfl_sync(0xffffffffu, size, 31);
-      size = min(size, limit);
     }
     if (g < p.num_groups) ends[g] = size;
   }

@@ -44,6 +44,7 @@ constexpr bool legal() {
   constexpr Config c = kConfig;
   static_assert(c.block_m % (64 * c.math) == 0 && c.waves() <= 2, "64 or 128 rows a warpgroup");
   static_assert(c.block_n % 16 == 0 && c.block_n * kBlockK % 1024 == 0, "swizzle atoms");
+  static_assert(!IsRagged(c) || c.block_m <= 256, "Groups counts tiles of at most four parts");
   static_assert(c.block_m / c.multicast % 8 == 0, "parts of the lhs tile");
   static_assert(c.cluster() <= 8, "portable clusters");
   static_assert(ScaleBlocks(c) <= 3, "scales of rhs");
