@@ -33,7 +33,7 @@ void Launchable(const Plan& plan, const std::set<std::string>& entries) {
   CHECK(c.block_m % (64 * c.math) == 0 && c.waves() <= 2);
   CHECK(c.block_m / c.multicast % 8 == 0);
   CHECK(c.cluster() <= 8 && c.threads() <= 512);
-  CHECK(ScaleBlocks(c) <= 3);
+  CHECK(ScaleUnits(c) <= 16);
   CHECK(plan.Band() >= 1 && plan.estimate.total_us() > 0);
 }
 

@@ -63,6 +63,9 @@ struct Params {
 // Whose groups end anywhere.
 constexpr bool IsRagged(const Config& c) { return c.mode == kGrouped || c.mode == kMasked; }
 
+// Whose tiles are dealt by height. Masked products are too small for it to pay.
+constexpr bool SortsTiles(const Config& c) { return c.mode == kGrouped && c.block_m > 64; }
+
 constexpr int RoundUp(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -75,11 +78,16 @@ constexpr int ScaleUnit(const Config& c) {
   return unit;
 }
 
-// Floats of one stage's scales of rhs: one for each 128-block of columns, at most three. Weight
-// gradients have one for each column: what a lane needs of them lies together, four lanes' shares
-// in different banks.
+// Scales of rhs that a tile's columns have, where blocks of 128 columns share one: one a unit, so
+// that no thread must find out in which block a unit lies.
+constexpr int ScaleUnits(const Config& c) { return c.block_n / ScaleUnit(c); }
+
+// Floats of one stage's scales of rhs. Weight gradients have one for each column: what a lane needs
+// of them lies together, four lanes' shares in different banks.
 constexpr int ScaleLane(const Config& c) { return c.block_n / 4 + 4; }
-constexpr int RhsScaleSlots(const Config& c) { return c.mode == kWgrad ? 4 * ScaleLane(c) : 4; }
+constexpr int RhsScaleSlots(const Config& c) {
+  return c.mode == kWgrad ? 4 * ScaleLane(c) : RoundUp(ScaleUnits(c), 4);
+}
 
 // Scales of lhs in a stage. A group may begin at any row, copies of 16 bytes at every fourth.
 constexpr int LhsScaleSlots(const Config& c) { return c.block_m + (c.mode == kGrouped ? 4 : 0); }
@@ -96,19 +104,14 @@ constexpr int kStagingBytes = 16 * 128;
 constexpr int OutputBytes(const Config& c) { return c.output == kBfloat16 ? 2 : 4; }
 constexpr bool StoresByTma(const Config& c) { return c.split == 1; }
 constexpr bool StagesWhole(const Config& c) {
-  return StoresByTma(c) && c.output == kBfloat16 && c.math == 2 && c.block_n % 64 == 0;
+  return StoresByTma(c) && c.output == kBfloat16 && c.math == 2;
 }
+constexpr int OutBoxes(const Config& c) { return (c.block_n + 63) / 64; }  // side by side
 constexpr int OutBox(const Config& c) { return StagesWhole(c) ? 64 : 16; }
 // How many pieces a warp has room for; more would cost the large float32 tiles a stage.
 constexpr int StagingBuffers(const Config& c) {
-  if (StagesWhole(c)) return c.waves() * c.block_n / 64;
+  if (StagesWhole(c)) return c.waves() * OutBoxes(c);
   return !StoresByTma(c) ? 0 : c.block_m * c.block_n == 128 * 128 ? 2 : 1;
-}
-
-// The 128-blocks of columns that a tile may touch.
-constexpr int ScaleBlocks(const Config& c) {
-  if (128 % c.block_n == 0) return 1;
-  return (c.block_n - ScaleUnit(c) + 127) / 128 + 1;
 }
 
 // Rows of lhs that one load brings.
@@ -118,7 +121,7 @@ constexpr int LhsBox(const Config& c) { return IsRagged(c) ? 64 : c.block_m / c.
 constexpr int GroupBytes(const Config& c) {
   if (c.mode == kDense) return 16;
   if (!IsRagged(c)) return kMaxGroups * 4;
-  return kMaxGroups * (c.block_m > 64 ? 10 : 4) + 48;
+  return kMaxGroups * (SortsTiles(c) ? 10 : 4) + 48;
 }
 
 // Dynamic shared memory of a launch.

@@ -125,8 +125,9 @@ class Staging {
 // A warp's 16 rows of a box for each 64 columns, from the kBox-th on.
 template <Config kConfig, int kBox = 0, int kSize>
 JAX_DS_DEVICE void write_boxes(u32 memory, const float (&total)[kSize]) {
-  if constexpr (kBox < kConfig.block_n / 64) {
-    Staging<kConfig>::template write<64 * kBox, 64>(memory + kBox * 4 * kStagingBytes, total);
+  if constexpr (kBox < OutBoxes(kConfig)) {
+    constexpr int kLeft = kConfig.block_n - 64 * kBox, kColumns = kLeft < 64 ? kLeft : 64;
+    Staging<kConfig>::template write<64 * kBox, kColumns>(memory + kBox * 4 * kStagingBytes, total);
     write_boxes<kConfig, kBox + 1>(memory, total);
   }
 }
@@ -135,7 +136,8 @@ JAX_DS_DEVICE void write_boxes(u32 memory, const float (&total)[kSize]) {
 template <Config kConfig, int kSize>
 JAX_DS_DEVICE void store_whole(const Params& p, const float (&total)[kConfig.waves()][kSize],
                                const Tile& tile, int group, u8* memory) {
-  constexpr int kColumns = kConfig.block_n / 64, kWaves = kConfig.waves();
+  constexpr int kColumns = OutBoxes(kConfig), kWaves = kConfig.waves();
+  constexpr int kWhole = kConfig.block_n / 64, kRest = kConfig.block_n % 64;
   constexpr int kBoxBytes = 4 * kStagingBytes;
   const int lane = lane_id(), warp = warp_id() % 4, barrier = 1 + group;
   // A lane a box, as bulk groups belong to threads. It waits for its box of the tile before.
@@ -152,14 +154,18 @@ JAX_DS_DEVICE void store_whole(const Params& p, const float (&total)[kConfig.wav
   for (int wave = 0; wave < kWaves; ++wave) {
     const int row = tile.out_row + kConfig.first_row(group, wave);
     // TMA clips at the end of a matrix, but knows nothing of groups inside one.
+    const WarpTile t{tile.matrix, row + 16 * warp, tile.out_end, tile.col};
+    if constexpr (kRest > 0) {  // a box would reach into the next tile
+      Staging<kConfig>::template copy_rows<kRest>(p, own + (wave * kColumns + kWhole) * kBoxBytes,
+                                                  t, tile.col + 64 * kWhole);
+    }
     if (IsRagged(kConfig) && row + 64 > tile.out_end) {
-      const WarpTile t{tile.matrix, row + 16 * warp, tile.out_end, tile.col};
 #pragma unroll
-      for (int box = 0; box < kColumns; ++box) {
+      for (int box = 0; box < kWhole; ++box) {
         Staging<kConfig>::template copy_rows<64>(p, own + (wave * kColumns + box) * kBoxBytes, t,
                                                  tile.col + 64 * box);
       }
-    } else if (issues && lane / kColumns == wave) {
+    } else if (issues && lane / kColumns == wave && lane % kColumns < kWhole) {
       const int col = tile.col + lane % kColumns * 64;
       tma_store_3d(&p.out, memory + lane * kBoxBytes, col, row, tile.matrix);
       bulk_commit_group();

@@ -34,17 +34,18 @@ JAX_DS_DEVICE void multiply(float (&partial)[kN / 2], u32 lhs, u32 rhs) {
   wgmma::commit_group();
 }
 
-// Arrives, for this warp, on the slot's barrier in every CTA that fills it.
+// Arrives on the slot's barrier: every thread on that of its own CTA, so that tools can follow what
+// it has read; a lane for its warp on those of the other CTAs that fill the slot.
 template <Config kConfig>
 JAX_DS_DEVICE void release(const Pipeline<kConfig.stages>& ring) {
   __syncwarp();
   if constexpr (kConfig.multicast > 1) {
-    const u32 rank = cluster_ctarank();
-    const u32 first = rank - rank % kConfig.multicast;
-    if (lane_id() < kConfig.multicast) mbarrier_arrive_cluster(ring.empty(), first + lane_id());
-  } else {
-    if (lane_id() == 0) ring.release();
+    const u32 rank = cluster_ctarank(), own = rank % kConfig.multicast;
+    if (lane_id() < kConfig.multicast && lane_id() != own) {
+      mbarrier_arrive_cluster(ring.empty(), rank - own + lane_id());
+    }
   }
+  ring.release();
 }
 
 // total += the products of the next kDepth slots, for kWaves (perhaps no) times 64 rows. All are
@@ -54,7 +55,7 @@ JAX_DS_DEVICE void release(const Pipeline<kConfig.stages>& ring) {
 template <Config kConfig, int kDepth, int kWaves>
 JAX_DS_DEVICE void accumulate(const Storage<kConfig>& s, Pipeline<kConfig.stages>& ring,
                               float (&total)[kConfig.waves()][kConfig.block_n / 2], int group,
-                              int split, int scale_row) {
+                              int scale_row) {
   constexpr int kN = kConfig.block_n;
   Pipeline<kConfig.stages> done = ring;
   int slots[kDepth];
@@ -93,7 +94,7 @@ JAX_DS_DEVICE void accumulate(const Storage<kConfig>& s, Pipeline<kConfig.stages
         d + 1 < kDepth ? wgmma::wait_group<1>() : wgmma::wait_group<0>();
         // Its scales are in registers: the slot may be overwritten.
         if (wave == kWaves - 1) release_next();
-        scales[wave][d].promote(total[wave], partial[d], split);
+        scales[wave][d].promote(total[wave], partial[d]);
       }
     }
   }
@@ -103,16 +104,17 @@ JAX_DS_DEVICE void accumulate(const Storage<kConfig>& s, Pipeline<kConfig.stages
 template <Config kConfig, int kWaves>
 JAX_DS_DEVICE void multiply_tile(const Storage<kConfig>& s, Pipeline<kConfig.stages>& ring,
                                  float (&total)[kConfig.waves()][kConfig.block_n / 2], int group,
-                                 int blocks, int split, int scale_row) {
+                                 int blocks, int scale_row) {
   // Unrolled, the next slot's barrier is asked while the last products are promoted.
+  constexpr int kFull = kConfig.output == kFloat32 ? 2 : 4;  // time to compile
   constexpr int kUnroll =
-      kConfig.math > 1 && kConfig.depth == 1 && kWaves == kConfig.waves() ? 4 : 1;
+      kConfig.math > 1 && kConfig.depth == 1 && kWaves == kConfig.waves() ? kFull : 1;
 #pragma unroll kUnroll
   for (; blocks >= kConfig.depth; blocks -= kConfig.depth) {
-    accumulate<kConfig, kConfig.depth, kWaves>(s, ring, total, group, split, scale_row);
+    accumulate<kConfig, kConfig.depth, kWaves>(s, ring, total, group, scale_row);
   }
-  if (kConfig.depth > 1 && blocks > 0) {
-    accumulate<kConfig, 1, kWaves>(s, ring, total, group, split, scale_row);
+  for (; kConfig.depth > 1 && blocks > 0; --blocks) {
+    accumulate<kConfig, 1, kWaves>(s, ring, total, group, scale_row);
   }
 }
 
@@ -154,22 +156,22 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
   for (bool more = schedule.next(next); more;) {
     const Tile tile = next;
     float total[kWaves][kN / 2] = {};
-    const int split = 128 - tile.col % 128, blocks = tile.k_blocks;
+    const int blocks = tile.k_blocks;
     const int scale_row = tile.lhs_row - first_scale<kConfig>(p, tile.lhs_row) + warp_row;
     // A group may end before some of the tile's rows: they are left out, 64 at a time.
     const int end = tile.rows - kConfig.first_row(group, 0);
     if (!IsRagged(kConfig) || end > kConfig.first_row(0, kWaves - 1)) {
-      multiply_tile<kConfig, kWaves>(s, ring, total, group, blocks, split, scale_row);
+      multiply_tile<kConfig, kWaves>(s, ring, total, group, blocks, scale_row);
     } else if (kWaves > 1 && end > 0) {
-      multiply_tile<kConfig, 1>(s, ring, total, group, blocks, split, scale_row);
+      multiply_tile<kConfig, 1>(s, ring, total, group, blocks, scale_row);
     } else if (kConfig.math > 1) {
-      multiply_tile<kConfig, 0>(s, ring, total, group, blocks, split, scale_row);
+      multiply_tile<kConfig, 0>(s, ring, total, group, blocks, scale_row);
     }
 
     more = schedule.next(next);  // its divisions run beside the stores
     if constexpr (kConfig.split > 1) {
       float share[kN / 2 / kConfig.split];
-      reduce_splits<kConfig>(s, reduce_buffer, total[0], share);
+      reduce_splits<kConfig>(s, reduce_buffer, total[0], share, more);
       constexpr int kColumns = kN / kConfig.split;
       const int part = cluster_ctarank() / kConfig.multicast;
       const int row = kConfig.first_row(group, 0) + warp_row;
@@ -193,7 +195,8 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
     // descriptors in every thread instead of once.
     __syncwarp();
   }
-  if constexpr (StoresByTma(kConfig)) bulk_wait_group<0>();  // of the lanes that stored
+  // TMA must have read the shared memory, of which the lanes that stored know, before it is gone.
+  if constexpr (StoresByTma(kConfig)) bulk_wait_group_read<0>();
 }
 
 // ---- entry -------------------------------------------------------------------------------------
@@ -206,10 +209,13 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
   Storage<kConfig>& s = *reinterpret_cast<Storage<kConfig>*>(memory);
   constexpr u32 kMathWarps = kConfig.math * 4;
 
+  // Where no other CTA fills its slots, the producer's own initialisation is all it must wait for.
+  constexpr bool kEarly = kConfig.mode == kDense && kConfig.multicast == 1;
+
   const u32 warp = warp_id();
   const bool producer = warp == kMathWarps;
   if (producer && elect_one()) {
-    s.ring.init(1 + 32, kMathWarps * kConfig.multicast);
+    s.ring.init(1 + 32, kMathWarps * (32 + kConfig.multicast - 1));
     if constexpr (kConfig.split > 1) s.reduced.init(1, kMathWarps * (kConfig.split - 1));
     fence_mbarrier_init();
   }
@@ -219,21 +225,28 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
     if constexpr (StoresByTma(kConfig)) prefetch_tensormap(&p.out);
   }
   __syncwarp();
-  if constexpr (kConfig.cluster() > 1) barrier_cluster_arrive();
+  if constexpr (kConfig.cluster() > 1) barrier_cluster_arrive_relaxed();
   // A successor may come as soon as there is room; it waits for our end as we do for another's.
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
-  if (kConfig.mode != kDense && warp == 0) load_groups<kConfig>(p, s.groups.ends);
-  bar_sync(0, kConfig.threads());
-  if constexpr (IsRagged(kConfig)) deal_groups<kConfig>(p, s.groups);
-  // Nobody may write to a CTA of the cluster that has not come so far.
-  if constexpr (kConfig.cluster() > 1) barrier_cluster_wait();
+  if (kConfig.mode != kDense && warp == 0) {
+    load_groups<kConfig>(p, s.groups.ends);
+    if constexpr (IsRagged(kConfig) && !SortsTiles(kConfig)) count_tiles<kConfig>(p, s.groups);
+  }
+  if (kEarly && producer) {
+    bar_arrive(0, kConfig.threads());
+  } else {
+    bar_sync(0, kConfig.threads());
+    if constexpr (SortsTiles(kConfig)) deal_groups<kConfig>(p, s.groups);
+    // Nobody may write to a CTA of the cluster that has not come so far.
+    if constexpr (kConfig.cluster() > 1) barrier_cluster_wait();
+  }
 
   if (warp >= kMathWarps) {
     if constexpr (kConfig.moves_registers()) setmaxnreg_dec<40>();
     if (warp == kMathWarps + 1) {
       produce_scales<kConfig>(p, s);
-    } else if (warp == kMathWarps && elect_one()) {
+    } else if (producer && elect_one()) {
       produce_tiles<kConfig>(p, s);
     }
     __syncwarp();
@@ -241,8 +254,9 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
     if constexpr (kConfig.moves_registers()) setmaxnreg_inc<232>();
     consume<kConfig>(p, s);
   }
-  // A CTA's memory is written by its cluster: none may leave before all are done.
-  if constexpr (kConfig.cluster() > 1) cluster_sync();
+  // The slots of CTAs that share lhs are released by all of them: none may leave before that. Parts
+  // of split tiles are awaited by who receives them.
+  if constexpr (kConfig.multicast > 1) cluster_sync();
 }
 
 }  // namespace jax_ds::deep_gemm

@@ -1,6 +1,6 @@
 // Tiles of ragged groups, whose sizes only the device knows. A group's rows are cut into tiles of
-// as many parts of 64 rows as can be, and a rest; the tiles of all groups are dealt from the
-// tallest to the lowest, to and fro, so that all clusters get as much.
+// as many parts of 64 rows as can be, and a rest. The tiles of all groups are dealt to and fro,
+// from the tallest to the lowest if they are sorted, so that all clusters get as much.
 #pragma once
 
 #include "deep_gemm/kernels/scheduler.cuh"
@@ -33,6 +33,19 @@ JAX_DS_DEVICE int cluster_columns(const Params& p) {
   return (p.n + kColumns - 1) / kColumns;
 }
 
+// One warp, after load_groups: how many tiles there are, if they come in the order of groups.
+template <Config kConfig>
+JAX_DS_DEVICE void count_tiles(const Params& p, Groups<kConfig>& s) {
+  constexpr int kMost = kConfig.block_m / kPart;
+  __syncwarp();
+  int tiles = 0;
+  for (int g = lane_id(); g < p.num_groups; g += 32) {
+    tiles += Cut(group_parts<kConfig>(s.ends, g), kMost).count();
+  }
+  s.tiles = __reduce_add_sync(0xffffffffu, tiles) * cluster_columns<kConfig>(p);
+  s.most = kMost;
+}
+
 // All threads: the order of tiles of at most `most` parts.
 template <Config kConfig>
 JAX_DS_DEVICE void sort_entries(const Params& p, Groups<kConfig>& s, int most) {
@@ -60,9 +73,10 @@ JAX_DS_DEVICE void sort_entries(const Params& p, Groups<kConfig>& s, int most) {
   }
 }
 
-// All threads, which find `groups` filled by load_groups, after a barrier; ends with one. Warp i
-// tries tiles of at most i + 1 parts, by how long they keep a cluster (seen: a tile of p parts, 4
-// at most, takes p + 2, not p); the last round is short of some tiles, the lowest.
+// All threads, after load_groups and a barrier; ends with one: chooses how tall tiles are, and
+// sorts them. Warp i tries tiles of at most i + 1 parts, by how long they keep a cluster (seen: a
+// tile of p parts, 4 at most, takes p + 2, not p); the last round is short of some tiles, the
+// lowest.
 template <Config kConfig>
 JAX_DS_DEVICE void deal_groups(const Params& p, Groups<kConfig>& s) {
   constexpr int kMost = kConfig.block_m / kPart;
@@ -93,7 +107,7 @@ JAX_DS_DEVICE void deal_groups(const Params& p, Groups<kConfig>& s) {
     s.most = most;
     s.tiles = s.counts[most - 1];
   }
-  if constexpr (kMost > 1) sort_entries<kConfig>(p, s, most);
+  sort_entries<kConfig>(p, s, most);
   __syncthreads();
 }
 
@@ -126,11 +140,11 @@ class GroupSchedule {
   JAX_DS_DEVICE bool find(Tile& tile, int index) {
     const int columns = cluster_columns<kConfig>(p_), most = s_.most;
     while (true) {
-      const int entry = kConfig.block_m > kPart ? s_.order[position_] : 2 * position_;
+      const int entry = SortsTiles(kConfig) ? s_.order[position_] : position_;
       const int g = entry / 2;
       const bool rest = entry % 2;
       const Cut cut(parts(g), most);
-      const int count = rest ? 1 : cut.whole;
+      const int count = rest ? cut.rest > 0 : cut.whole;
       if (index < first_ + count * columns) {
         // Bands of `band` tiles; inside a band column after column.
         index -= first_;

@@ -91,8 +91,8 @@ JAX_DS_DEVICE void copy_scales(Storage<kConfig>& s, Pipeline<kConfig.stages>& ri
     const u32 to = shared_address(s.rhs_scales[slot]);
     if constexpr (kConfig.mode == kWgrad) {
       copy_columns<kConfig>(to, rows.rhs, rows.rhs_limit);
-    } else if (lane < ScaleBlocks(kConfig)) {
-      cp_async_4(to + 4 * lane, rows.rhs, lane < rows.rhs_limit);
+    } else if (lane < ScaleUnits(kConfig)) {
+      cp_async_4(to + 4 * lane, rows.rhs, rows.rhs_limit > 0);
     }
     __syncwarp();
     cp_async_mbarrier_arrive_noinc(shared_address(ring.full()));
@@ -111,7 +111,8 @@ JAX_DS_DEVICE void produce_scales(const Params& p, Storage<kConfig>& s) {
   Pipeline<kConfig.stages> ring(s.ring);
   TileSchedule<kConfig> schedule(p, s.groups);
   for (Tile tile; schedule.next(tile);) {
-    const int rhs_row = kWide ? tile.col : tile.col / 128;
+    const int rhs_row =
+        kWide ? tile.col : (tile.col + static_cast<int>(lane_id()) * ScaleUnit(kConfig)) / 128;
     const int row = first_scale<kConfig>(p, tile.lhs_row - (kMask ? tile.group * p.m : 0));
     const int lhs_block = kMask ? tile.group * rhs_blocks + tile.k_begin : tile.k_begin;
     ScaleRows rows{p.lhs_scales + static_cast<i64>(lhs_block) * p.m + row,
@@ -124,9 +125,7 @@ JAX_DS_DEVICE void produce_scales(const Params& p, Storage<kConfig>& s) {
       rows.rhs += static_cast<i64>(tile.k_begin) * rhs_rows + rhs_row;
       rows.rhs_step = rhs_rows;
     } else {
-      const int lane = lane_id();
-      rows.rhs +=
-          static_cast<i64>(tile.group * rhs_rows + rhs_row + lane) * rhs_blocks + tile.k_begin;
+      rows.rhs += static_cast<i64>(tile.group * rhs_rows + rhs_row) * rhs_blocks + tile.k_begin;
     }
     if (p.m % 4 == 0) {
       copy_scales<kConfig, 4>(s, ring, rows, tile.k_blocks);

@@ -10,10 +10,9 @@ template <Config kConfig>
 struct Scales {
   static constexpr int kN = kConfig.block_n;
   static constexpr bool kWide = kConfig.mode == kWgrad;
-  static constexpr int kBlocks = ScaleBlocks(kConfig);
-  static constexpr int kUnit = ScaleUnit(kConfig);  // columns that lie in one block of 128
-  float lhs[2];                                     // rows r and r + 8
-  float rhs[kWide ? kN / 4 : kBlocks];              // blocks of 128; wgrad: its columns
+  static constexpr int kUnit = ScaleUnit(kConfig);
+  float lhs[2];                                        // rows r and r + 8
+  float rhs[kWide ? kN / 4 : RhsScaleSlots(kConfig)];  // units; wgrad: its columns
 
   JAX_DS_DEVICE void load(const Storage<kConfig>& s, int slot, int row) {
     const u32 lane = lane_id();
@@ -27,16 +26,21 @@ struct Scales {
         rhs[i] = v.x, rhs[i + 1] = v.y, rhs[i + 2] = v.z, rhs[i + 3] = v.w;
       }
     } else {
+      const u32 units = shared_address(s.rhs_scales[slot]);
+      if constexpr (ScaleUnits(kConfig) == 1) {
+        rhs[0] = ld_shared_f32(units);
+      } else {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        rhs[b] = ld_shared_f32(shared_address(&s.rhs_scales[slot][b]));
+        for (int i = 0; i < ScaleUnits(kConfig); i += 4) {
+          const float4 v = ld_shared_v4_f32(units + 4 * i);
+          rhs[i] = v.x, rhs[i + 1] = v.y, rhs[i + 2] = v.z, rhs[i + 3] = v.w;
+        }
       }
     }
   }
 
-  // total += scales * partial. `split`: first column, from the tile's, of the second block.
-  JAX_DS_DEVICE void promote(float (&total)[kN / 2], const float (&partial)[kN / 2],
-                             int split) const {
+  // total += scales * partial.
+  JAX_DS_DEVICE void promote(float (&total)[kN / 2], const float (&partial)[kN / 2]) const {
     if constexpr (kWide) {
 #pragma unroll
       for (int e = 0; e < kN / 2; ++e) {
@@ -45,10 +49,7 @@ struct Scales {
     } else {
 #pragma unroll
       for (int unit = 0; unit < kN; unit += kUnit) {
-        float block = rhs[0];
-#pragma unroll
-        for (int b = 1; b < kBlocks; ++b) block = unit >= split + 128 * (b - 1) ? rhs[b] : block;
-        const float scale[2] = {lhs[0] * block, lhs[1] * block};
+        const float scale[2] = {lhs[0] * rhs[unit / kUnit], lhs[1] * rhs[unit / kUnit]};
 #pragma unroll
         for (int e = unit / 2; e < (unit + kUnit) / 2; ++e) {
           total[e] += scale[e / 2 % 2] * partial[e];

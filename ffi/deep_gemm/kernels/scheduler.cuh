@@ -50,40 +50,40 @@ JAX_DS_DEVICE void load_groups(const Params& p, int* ends) {
   }
 }
 
-// Tiles of matrices of equal size. Every thread of the roles walks the same sequence:
-// `for (tile; schedule.next(tile);)`.
+// Tiles of matrices of equal size. Every thread of the roles walks the same sequence.
 template <Config kConfig>
 class Schedule {
  public:
   JAX_DS_DEVICE Schedule(const Params& p, const Groups<kConfig>& s)
-      : p_(p),
-        ends_(s.ends),
-        index_(blockIdx.x / kConfig.cluster()),
-        step_(gridDim.x / kConfig.cluster()),
-        rank_(kConfig.cluster() > 1 ? cluster_ctarank() : 0),
-        columns_((p.n + kColumns - 1) / kColumns) {}
+      : p_(p), ends_(s.ends), index_(blockIdx.x / kConfig.cluster()) {}
 
   JAX_DS_DEVICE bool next(Tile& tile) {
-    const int tiles = (p_.m + kConfig.block_m - 1) / kConfig.block_m * columns_;  // of a matrix
-    const int matrix = kConfig.mode == kDense ? index_ >= tiles : index_ / tiles;
-    if (matrix >= p_.num_groups) return false;
-    place(tile, matrix, index_ - matrix * tiles);
-    index_ += step_;
+    const int columns = (p_.n + kColumns - 1) / kColumns;
+    const int tiles = (p_.m + kConfig.block_m - 1) / kConfig.block_m * columns;  // of a matrix
+    const int matrix = kConfig.mode == kDense ? 0 : index_ / tiles;
+    const int inside = index_ - matrix * tiles;
+    if (kConfig.mode == kDense ? inside >= tiles : matrix >= p_.num_groups) return false;
+    place(tile, matrix, inside, columns);
+    index_ += gridDim.x / kConfig.cluster();
     return true;
   }
 
  private:
   static constexpr int kColumns = kConfig.block_n * kConfig.multicast;  // of a cluster
 
-  JAX_DS_DEVICE void place(Tile& tile, int matrix, int index) const {
-    // Bands of `band` row tiles; inside a band column after column. A tile that ends early is a
-    // band of its own: among others it would always fall to the same CTAs.
-    const int whole = p_.m / kConfig.block_m, first = index / (p_.band * columns_) * p_.band;
-    const int band = max(1, min(p_.band, whole - first));
-    const bool last = index >= whole * columns_;
-    const int inside = index - (last ? whole : first) * columns_;
-    const int column = last ? inside : inside / band;
-    const int row = (last ? whole : first + inside - column * band) * kConfig.block_m;
+  JAX_DS_DEVICE void place(Tile& tile, int matrix, int index, int columns) const {
+    const int rank = kConfig.cluster() > 1 ? cluster_ctarank() : 0;
+    int row = 0, column = index;  // of a matrix with one row of tiles
+    if (p_.m > kConfig.block_m) {
+      // Bands of `band` row tiles; inside a band column after column. A tile that ends early is a
+      // band of its own: among others it would always fall to the same CTAs.
+      const int whole = p_.m / kConfig.block_m, first = index / (p_.band * columns) * p_.band;
+      const int band = max(1, min(p_.band, whole - first));
+      const bool last = index >= whole * columns;
+      const int inside = index - (last ? whole : first) * columns;
+      column = last ? inside : inside / band;
+      row = (last ? whole : first + inside - column * band) * kConfig.block_m;
+    }
 
     int k_blocks = (p_.k + kBlockK - 1) / kBlockK;
     int k_begin = 0;
@@ -95,9 +95,9 @@ class Schedule {
     tile.lhs_row = tile.out_row = row;
     tile.out_end = p_.m;
     tile.rows = p_.m - row;
-    tile.col = column * kColumns + rank_ % kConfig.multicast * kConfig.block_n;
+    tile.col = column * kColumns + rank % kConfig.multicast * kConfig.block_n;
     if constexpr (kConfig.split > 1) {
-      const int part = rank_ / kConfig.multicast;
+      const int part = rank / kConfig.multicast;
       const int begin = k_blocks * part / kConfig.split;
       k_blocks = k_blocks * (part + 1) / kConfig.split - begin;
       k_begin += begin;
@@ -109,9 +109,6 @@ class Schedule {
   const Params& p_;
   const int* ends_;
   int index_;
-  int step_;
-  int rank_;
-  int columns_;
 };
 
 }  // namespace jax_ds::deep_gemm

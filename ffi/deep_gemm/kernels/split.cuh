@@ -6,10 +6,10 @@
 namespace jax_ds::deep_gemm {
 
 // Adds the partial tiles of a cluster's splits in order: the CTA of split r gets the r-th part of
-// every thread's registers, which is the r-th part of the tile's columns.
+// every thread's registers, which is the r-th part of the tile's columns. `more`: tiles follow.
 template <Config kConfig>
 JAX_DS_DEVICE void reduce_splits(Storage<kConfig>& s, Pipeline<1>& buffer, const float* total,
-                                 float* share) {
+                                 float* share, bool more) {
   constexpr int kSplit = kConfig.split;
   constexpr int kVectors = kConfig.block_n / 2 / kSplit / 4;  // of four floats, of one share
   constexpr int kThreads = kConfig.math_threads();
@@ -52,7 +52,8 @@ JAX_DS_DEVICE void reduce_splits(Storage<kConfig>& s, Pipeline<1>& buffer, const
     }
   }
   __syncwarp();
-  if (lane_id() < kSplit && lane_id() != self) {
+  // After the last tile nobody waits for it, and the other CTA may be gone.
+  if (more && lane_id() < kSplit && lane_id() != self) {
     mbarrier_arrive_cluster(buffer.empty(), lane_id() * kConfig.multicast + column);
   }
   buffer.advance();

@@ -17,7 +17,7 @@ template <Config kConfig>
 struct Groups<kConfig> {
   int ends[kMaxGroups];
   // Entry 2g are a group's tiles of as many parts as can be, 2g + 1 the rest.
-  static constexpr int kEntries = kConfig.block_m > 64 ? 2 * kMaxGroups : 1;
+  static constexpr int kEntries = SortsTiles(kConfig) ? 2 * kMaxGroups : 1;
   u16 order[kEntries];  // entries that are not empty, the tallest first
   u8 sizes[kEntries];   // parts of their tiles; 0: empty
   float costs[4];       // of tiles of at most 1 to 4 parts
@@ -47,7 +47,7 @@ constexpr bool legal() {
   static_assert(!IsRagged(c) || c.block_m <= 256, "Groups counts tiles of at most four parts");
   static_assert(c.block_m / c.multicast % 8 == 0, "parts of the lhs tile");
   static_assert(c.cluster() <= 8, "portable clusters");
-  static_assert(ScaleBlocks(c) <= 3, "scales of rhs");
+  static_assert(ScaleUnits(c) <= 16, "scales of rhs");
   static_assert(
       c.split == 1 || (c.waves() == 1 && c.mode != kMasked && c.block_n / c.split % 8 == 0),
       "whole strips");
