@@ -139,8 +139,8 @@ gpu-test: setup  ## the tests that need a Hopper GPU; writes tests/gpu/results.j
 	$(PY) tests/gpu/run.py $(if $(NCCL),--nccl $(NCCL)) $(ARGS)
 
 .PHONY: gpu-sanitize
-gpu-sanitize: setup  ## small calls of all kernels under compute-sanitizer; into the same file; NCCL=/path/to/libnccl.so.2
-	$(PY) tests/gpu/sanitize.py $(if $(NCCL),--nccl $(NCCL)) $(ARGS)
+gpu-sanitize: setup  ## small calls of all kernels under compute-sanitizer; into the same file
+	$(PY) tests/gpu/sanitize.py $(ARGS)
 
 RANKS ?= 8
 NODES ?= 1

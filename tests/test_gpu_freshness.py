@@ -43,12 +43,12 @@ def test_every_run_is_recorded_and_none_failed() -> None:
 
 
 def test_the_sanitizer_found_nothing() -> None:
-    record = load().get("sanitizer", {})
-    names = {str(process) for process in sanitize.planned()}
-    for name, run in record.get("runs", {}).items():
-        assert run["status"] == 0 and name in names, name
-        assert run["cases"] or "canary" in name, name
-    assert not record or set(record["runs"]) == names or _pending()
+    runs = load().get("sanitizer", {}).get("runs", {})
+    for name, run in runs.items():
+        # One that did not come to its end must be explained; what was found cannot be.
+        assert run["status"] == 0 or (run["status"] != sanitize.FOUND and _pending()), name
+        assert run["status"] or run["cases"] or "canary" in name, name
+    assert not runs or set(map(str, sanitize.planned())) <= set(runs)
 
 
 def test_the_digest_covers_names_and_contents(tmp_path: pathlib.Path) -> None:

@@ -36,6 +36,7 @@ _OUTPUT = "   6.9 s  dense 64x512x2048\na warning\n   0.3 s  wgrad\n"
         ("dense", -15, "", (-15, 2, "no summary", {})),
         ("canary", FOUND, _CLEAN, (0, 2, "ERROR SUMMARY: 0 errors", {})),
         ("canary", 0, _CLEAN, (1, 2, "ERROR SUMMARY: 0 errors", {})),
+        ("canary", -11, "", (-11, 2, "no summary", {})),
     ],
 )
 def test_reports(room: str, status: int, log: str, expected: tuple[Any, ...]) -> None:
@@ -44,8 +45,9 @@ def test_reports(room: str, status: int, log: str, expected: tuple[Any, ...]) ->
 
 
 def test_every_room_runs_under_every_tool() -> None:
-    names = [str(process) for process in sanitize.planned()]
+    names = [str(process) for process in sanitize.planned(two_ranks=True)]
     assert len(set(names)) == len(names)
+    assert set(map(str, sanitize.planned())) < set(names)
     for tool in sanitize.TOOLS:
         assert {f"{tool} {room}" for room in ("canary", *sanitize.ROOMS)} <= set(names)
         assert f"{tool} deep_ep, rank 1 of 2" in names

@@ -58,8 +58,7 @@ Error Initialize(DecodeState* state, int32_t ordinal) {
   JAX_DS_RETURN_IF_ERROR(state->decode->Load(ordinal));
   for (const auto& kernel : state->combines) JAX_DS_RETURN_IF_ERROR(kernel->Load(ordinal));
   JAX_DS_ASSIGN_OR_RETURN(const Driver* driver, Driver::Get());
-  JAX_DS_ASSIGN_OR_RETURN(state->multiprocessors[ordinal],
-                          driver->DeviceAttribute(ordinal, cuda::kMultiprocessorCount));
+  JAX_DS_ASSIGN_OR_RETURN(state->multiprocessors[ordinal], driver->Multiprocessors(ordinal));
   return Error::Success();
 }
 

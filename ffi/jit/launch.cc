@@ -55,7 +55,7 @@ ErrorOr<int> MaxActiveClusters(const Kernel& kernel, int ordinal, const LaunchSh
   int clusters = 0;
   // The driver's count of clusters refuses a launch without them.
   if (launch.config.num_attributes == 0) {
-    JAX_DS_ASSIGN_OR_RETURN(int sms, driver->DeviceAttribute(ordinal, cuda::kMultiprocessorCount));
+    JAX_DS_ASSIGN_OR_RETURN(int sms, driver->Multiprocessors(ordinal));
     JAX_DS_RETURN_IF_ERROR(driver->WithContext(ordinal, [&] {
       const int threads = static_cast<int>(shape.block.x * shape.block.y * shape.block.z);
       return driver->Check(driver->cuOccupancyMaxActiveBlocksPerMultiprocessor(

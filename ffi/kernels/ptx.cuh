@@ -308,7 +308,20 @@ JAX_DS_DEVICE float lg2(float x) {
   return y;
 }
 
+JAX_DS_DEVICE void prefetch_l2(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer) : "memory");
+}
+
 // ---- synchronisation through global memory -----------------------------------------------------
+
+JAX_DS_DEVICE int2 ld_relaxed_gpu_v2_s32(const void* pointer) {
+  int2 value;
+  asm volatile("ld.relaxed.gpu.global.v2.s32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "l"(pointer)
+               : "memory");
+  return value;
+}
 
 JAX_DS_DEVICE u32 atom_acq_rel_gpu_add(u32* pointer, u32 value) {
   u32 old;

@@ -26,14 +26,10 @@ constexpr unsigned int kHostAllocPortableMapped = 1 | 2;
 constexpr unsigned int kNonBlockingStream = 1;
 
 enum FunctionAttribute : int {
-  kSharedSizeBytes = 1,
-  kLocalSizeBytes = 3,
-  kNumRegs = 4,
   kMaxDynamicSharedSizeBytes = 8,
 };
 
 enum LaunchAttributeId : int {
-  kCooperative = 2,
   kClusterDimension = 4,
   kProgrammaticStreamSerialization = 6,
 };

@@ -1,6 +1,7 @@
 #include "support/driver.h"
 
 #include "support/library.h"
+#include "support/per_device.h"
 
 namespace jax_ds {
 
@@ -24,18 +25,14 @@ ErrorOr<Driver> Driver::Open() {
   JAX_DS_FIND(cuCtxPushCurrent, "cuCtxPushCurrent_v2");
   JAX_DS_FIND(cuCtxPopCurrent, "cuCtxPopCurrent_v2");
   JAX_DS_FIND(cuLibraryLoadData, "cuLibraryLoadData");
-  JAX_DS_FIND(cuLibraryUnload, "cuLibraryUnload");
   JAX_DS_FIND(cuLibraryGetKernel, "cuLibraryGetKernel");
   JAX_DS_FIND(cuKernelGetFunction, "cuKernelGetFunction");
   JAX_DS_FIND(cuFuncLoad, "cuFuncLoad");
   JAX_DS_FIND(cuFuncSetAttribute, "cuFuncSetAttribute");
-  JAX_DS_FIND(cuFuncGetAttribute, "cuFuncGetAttribute");
   JAX_DS_FIND(cuLaunchKernelEx, "cuLaunchKernelEx");
   JAX_DS_FIND(cuOccupancyMaxActiveClusters, "cuOccupancyMaxActiveClusters");
   JAX_DS_FIND(cuOccupancyMaxActiveBlocksPerMultiprocessor,
               "cuOccupancyMaxActiveBlocksPerMultiprocessor");
-  JAX_DS_FIND(cuMemsetD8Async, "cuMemsetD8Async");
-  JAX_DS_FIND(cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2");
   JAX_DS_FIND(cuMemAlloc, "cuMemAlloc_v2");
   JAX_DS_FIND(cuMemFree, "cuMemFree_v2");
   JAX_DS_FIND(cuMemHostAlloc, "cuMemHostAlloc");
@@ -78,6 +75,16 @@ ErrorOr<int> Driver::DeviceAttribute(int ordinal, cuda::DeviceAttribute attribut
   JAX_DS_RETURN_IF_ERROR(
       Check(cuDeviceGetAttribute(&value, attribute, device), "cuDeviceGetAttribute"));
   return value;
+}
+
+ErrorOr<int> Driver::Multiprocessors(int ordinal) const {
+  static PerDevice<int> known = {};
+  JAX_DS_RETURN_IF_ERROR(CheckOrdinal(ordinal));
+  int count = known[ordinal].load(std::memory_order_relaxed);
+  if (count != 0) return count;
+  JAX_DS_ASSIGN_OR_RETURN(count, DeviceAttribute(ordinal, cuda::kMultiprocessorCount));
+  known[ordinal].store(count, std::memory_order_relaxed);
+  return count;
 }
 
 }  // namespace jax_ds

@@ -34,8 +34,10 @@ struct Driver {
     return status;
   }
 
-  // A device attribute, for instance the number of multiprocessors.
   ErrorOr<int> DeviceAttribute(int ordinal, cuda::DeviceAttribute attribute) const;
+
+  // How many a device has; asked once, because handlers want it at every call.
+  ErrorOr<int> Multiprocessors(int ordinal) const;
 
   int version = 0;  // 1000 * major + 10 * minor of the newest CUDA the driver supports
 
@@ -53,17 +55,13 @@ struct Driver {
   cuda::Result (*cuCtxPopCurrent)(cuda::Context*);
   cuda::Result (*cuLibraryLoadData)(cuda::Library*, const void*, int*, void**, unsigned int, int*,
                                     void**, unsigned int);
-  cuda::Result (*cuLibraryUnload)(cuda::Library);
   cuda::Result (*cuLibraryGetKernel)(cuda::Kernel*, cuda::Library, const char*);
   cuda::Result (*cuKernelGetFunction)(cuda::Function*, cuda::Kernel);
   cuda::Result (*cuFuncLoad)(cuda::Function);
   cuda::Result (*cuFuncSetAttribute)(cuda::Function, cuda::FunctionAttribute, int);
-  cuda::Result (*cuFuncGetAttribute)(int*, cuda::FunctionAttribute, cuda::Function);
   cuda::Result (*cuLaunchKernelEx)(const cuda::LaunchConfig*, cuda::Function, void**, void**);
   cuda::Result (*cuOccupancyMaxActiveClusters)(int*, cuda::Function, const cuda::LaunchConfig*);
   cuda::Result (*cuOccupancyMaxActiveBlocksPerMultiprocessor)(int*, cuda::Function, int, size_t);
-  cuda::Result (*cuMemsetD8Async)(cuda::DevicePtr, unsigned char, size_t, cuda::Stream);
-  cuda::Result (*cuMemcpyDtoDAsync)(cuda::DevicePtr, cuda::DevicePtr, size_t, cuda::Stream);
   cuda::Result (*cuMemAlloc)(cuda::DevicePtr*, size_t);
   cuda::Result (*cuMemFree)(cuda::DevicePtr);
   cuda::Result (*cuMemHostAlloc)(void**, size_t, unsigned int);

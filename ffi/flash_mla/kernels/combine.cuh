@@ -1,4 +1,7 @@
 // Puts the parts of split requests together: out = sum_i 2^(lse_i - lse) out_i.
+//
+// What counts here is latency: little code, as it has to be fetched first, and loads that do not
+// wait for each other.
 #pragma once
 
 #include "flash_mla/kernels/softmax.cuh"
@@ -6,37 +9,44 @@
 
 namespace jax_ds::flash_mla {
 
-// Row r of a request: where its part `i` lies.
+// How a request was shared out. The decode kernel has written it before it let this one start; what
+// else it writes is there after griddepcontrol.wait.
+JAX_DS_DEVICE Parts parts_of(const CombineParams& p, u32 request) {
+  const int2 parts = ld_relaxed_gpu_v2_s32(p.parts + request);
+  return {parts.x, parts.y};
+}
+
+// Row r of a request: where its part `i` lies. The workspace has less than 2^31 elements.
 struct PartRows {
-  int first_group, row_groups, row_group, tile_rows, row;
+  int step;  // rows of the workspace from slot to slot
+  int base;
 
-  JAX_DS_DEVICE PartRows(const CombineParams& p, const Parts& parts, int r)
-      : first_group(parts.first_group),
-        row_groups(p.row_groups),
-        row_group(r / p.tile_rows),
-        tile_rows(p.tile_rows),
-        row(r % p.tile_rows) {}
+  // r = row_group * tile_rows + row of the tile.
+  JAX_DS_DEVICE PartRows(const CombineParams& p, const Parts& parts, u32 r)
+      : step(p.row_groups * p.tile_rows), base(2 * parts.first_group * step + r) {}
 
-  JAX_DS_DEVICE i64 at(int part) const {
-    const i64 slot = static_cast<i64>(2 * (first_group + part) + (part == 0)) * row_groups;
-    return (slot + row_group) * tile_rows + row;
-  }
+  JAX_DS_DEVICE int at(int part) const { return base + step * (part == 0 ? 1 : 2 * part); }
 };
 
-// Weights 2^(lse_i - lse) of the parts: lane l of a warp holds those of parts l, l + 32, ...
+// Weights 2^(lse_i - lse) of the parts: lane l of a warp holds those of parts l, l + 32, ..., and 0
+// from the last part on.
 template <int kParts>
 struct Weights {
   static constexpr int kRegisters = (kParts + 31) / 32;
   float weight[kRegisters];
   float lse;  // base 2
 
+  // Only loads; normalize() waits for them.
   JAX_DS_DEVICE Weights(const CombineParams& p, const PartRows& rows, int parts) {
-    float largest = -kInfinity;
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
       const int part = 32 * i + lane_id();
       weight[i] = part < parts ? p.partial_lse[rows.at(part)] : -kInfinity;
     }
+  }
+
+  JAX_DS_DEVICE void normalize() {
+    float largest = -kInfinity;
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) largest = fmaxf(largest, weight[i]);
     for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -56,23 +66,21 @@ struct Weights {
     for (int i = 0; i < kRegisters; ++i) weight[i] *= scale;
   }
 
-  // Of one part, for the whole warp; 0 from the last part on.
-  JAX_DS_DEVICE float of(int part) const {
+  // The register with the weight of this part, in lane part % 32.
+  JAX_DS_DEVICE float around(int part) const {
     float w = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kRegisters; ++i) {
-      const float candidate = __shfl_sync(0xffffffffu, weight[i], part % 32);
-      if (part / 32 == i) w = candidate;
-    }
+    for (int i = 0; i < kRegisters; ++i) w = part / 32 == i ? weight[i] : w;
     return w;
   }
 };
 
 template <typename Element>
-JAX_DS_DEVICE void store_row(const CombineParams& p, i64 row, int column, float4 value) {
+JAX_DS_DEVICE void store_row(const CombineParams& p, u32 row, int column, float4 value) {
   const uint2 packed = {wgmma::pack(Element{}, value.x, value.y),
                         wgmma::pack(Element{}, value.z, value.w)};
-  *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + row * kValueDim + column) = packed;
+  *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + static_cast<i64>(row) * kValueDim + column) =
+      packed;
 }
 
 JAX_DS_DEVICE void add_scaled(float4& sum, float weight, float4 value) {
@@ -91,14 +99,15 @@ __global__ __launch_bounds__(kCombineThreads) void combine_many(const
   constexpr int kLoads = kParts / kWarps;
   __shared__ float4 sums[kWarps][32];
   const int warp = threadIdx.x / 32;
-  const i64 row = blockIdx.x / 4;
+  const u32 row = blockIdx.x / 4;
   const int column = 128 * (blockIdx.x % 4) + 4 * lane_id();
   griddepcontrol_launch_dependents();
+  const u32 request = row / p.R;
+  const Parts parts = parts_of(p, request);
   griddepcontrol_wait();
-  const int request = row / p.R;
-  const Parts parts = p.parts[request];
   if (parts.count <= 1) return;
-  const PartRows rows(p, parts, row - static_cast<i64>(request) * p.R);
+  const PartRows rows(p, parts, row - request * p.R);
+  Weights<kParts> weights(p, rows, parts.count);
   float4 values[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
@@ -109,7 +118,7 @@ __global__ __launch_bounds__(kCombineThreads) void combine_many(const
           *reinterpret_cast<const float4*>(p.partial_out + rows.at(part) * kValueDim + column);
     }
   }
-  const Weights<kParts> weights(p, rows, parts.count);
+  weights.normalize();
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
@@ -133,23 +142,27 @@ __global__ __launch_bounds__(kCombineThreads,
   constexpr int kWarps = kCombineThreads / 32;
   constexpr int kVectors = 4 / kPieces;  // of four columns, a lane
   constexpr int kAhead = 2 * kPieces;    // parts loaded before the first is used
+  static_assert(32 % kAhead == 0);
   griddepcontrol_launch_dependents();
-  griddepcontrol_wait();
   if constexpr (kPieces == 1) {
     // Where there are many rows, often no request is split: found out at once, not row by row.
     bool split = false;
-    for (int b = threadIdx.x; b < p.B; b += kCombineThreads) split |= p.parts[b].count > 1;
-    if (!__syncthreads_or(split)) return;
+    for (u32 b = threadIdx.x; b < p.B; b += kCombineThreads) split |= parts_of(p, b).count > 1;
+    split = __syncthreads_or(split);
+    griddepcontrol_wait();
+    if (!split) return;
   }
-  const i64 pieces = static_cast<i64>(p.B) * p.R * kPieces;
-  for (i64 piece = static_cast<i64>(blockIdx.x) * kWarps + threadIdx.x / 32; piece < pieces;
+  const u32 pieces = p.B * p.R * kPieces;
+  for (u32 piece = blockIdx.x * kWarps + threadIdx.x / 32; piece < pieces;
        piece += gridDim.x * kWarps) {
-    const i64 row = piece / kPieces;
+    const u32 row = piece / kPieces;
     const int column = piece % kPieces * (kValueDim / kPieces) + 4 * lane_id();
-    const int request = row / p.R;
-    const Parts parts = p.parts[request];
+    const u32 request = row / p.R;
+    const Parts parts = parts_of(p, request);
+    if (kPieces != 1) griddepcontrol_wait();
     if (parts.count <= 1) continue;
-    const PartRows rows(p, parts, row - static_cast<i64>(request) * p.R);
+    const PartRows rows(p, parts, row - request * p.R);
+    Weights<kMaxCtas> weights(p, rows, parts.count);
     float4 values[kAhead][kVectors];
     const auto load = [&](int first) {
 #pragma unroll
@@ -165,13 +178,14 @@ __global__ __launch_bounds__(kCombineThreads,
       }
     };
     load(0);
-    const Weights<kMaxCtas> weights(p, rows, parts.count);
+    weights.normalize();
     float4 sum[kVectors] = {};
     for (int first = 0; first < parts.count; first += kAhead) {
       if (first != 0) load(first);
+      const float around = weights.around(first);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const float weight = weights.of(first + i);
+        const float weight = __shfl_sync(0xffffffffu, around, (first + i) % 32);
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) add_scaled(sum[j], weight, values[i][j]);
       }

@@ -176,7 +176,6 @@ struct NarrowScores {
   JAX_DS_DEVICE void run() {
     Items<Config> items(p, shared.schedule);
     for (Item item; items.next(item);) {
-      note_parts(p, shared.schedule, item, threadIdx.x == 0);
       if (item.empty()) {
         if (threadIdx.x < kRows) store_lse(item, threadIdx.x, -kInfinity);
         continue;

@@ -86,16 +86,30 @@ struct PageRows {
   }
 };
 
-// Tells the combining kernel how a request was shared out; its first part's group does.
-JAX_DS_DEVICE void note_parts(const DecodeParams& p, const Schedule& schedule, const Item& item,
-                              bool chosen, int group, int row_group) {
-  if (!chosen || item.first != 0 || row_group != 0) return;
-  p.parts[item.request] = {group, item.split ? schedule.end_parts : 1};
+// One warp: tells the combining kernel how the requests that start in this group were shared out,
+// and lets it start. That one starts when all CTAs have been here, hence the fence: it reads this
+// before its griddepcontrol.wait.
+template <typename Config>
+JAX_DS_DEVICE void announce_parts(const DecodeParams& p, const Schedule& schedule, int group) {
+  if (lane_id() == 0) {
+    Items<Config> items(p, schedule);
+    for (Item item; items.next(item);) {
+      if (item.first == 0) p.parts[item.request] = {group, item.split ? schedule.end_parts : 1};
+    }
+    __threadfence();
+  }
+  __syncwarp();
+  griddepcontrol_launch_dependents();
 }
 
-JAX_DS_DEVICE void note_parts(const DecodeParams& p, const Schedule& schedule, const Item& item,
-                              bool chosen) {
-  note_parts(p, schedule, item, chosen, static_cast<int>(blockIdx.x), 0);
+// One warp, at once: what the schedule and the loads are about to wait for, to L2, at the place
+// where it lies if all requests are of one length.
+JAX_DS_DEVICE void prefetch_start(const DecodeParams& p, int group) {
+  const u32 request = static_cast<u32>(group) * p.B / p.num_groups;
+  const int* entries = p.page_table + static_cast<i64>(request) * p.N;
+  const int entry = 32 * lane_id();
+  if (entry < p.N) prefetch_l2(entries + entry);
+  if (lane_id() * 32 < p.B) prefetch_l2(p.seq_lens + lane_id() * 32);
 }
 
 }  // namespace jax_ds::flash_mla

@@ -10,7 +10,10 @@ namespace jax_ds::flash_mla {
 // Every thread that has written or read arrives itself: as fast as one lane for its warp after
 // __syncwarp(), which racecheck does not follow.
 template <typename Config>
-JAX_DS_DEVICE void init_barriers(WideShared<Config>& shared) {
+JAX_DS_DEVICE void init_barriers(const DecodeParams& p, WideShared<Config>& shared) {
+  prefetch_tensormap(&p.kv_map);
+  prefetch_tensormap(&p.rope_map);
+  prefetch_tensormap(&p.q_map);
   constexpr u32 kReleases = 256;  // the output's threads
   for (int i = 0; i < Config::kStages; ++i) {
     mbarrier_init(&shared.values_full[i], 1);
@@ -33,17 +36,13 @@ __global__ __launch_bounds__(Config::kThreads,
   static_assert(sizeof(WideShared<Config>) <= kWideSharedBytes);
   auto& shared = *reinterpret_cast<WideShared<Config>*>(bytes);
   const u32 warp = warp_id();
-  griddepcontrol_launch_dependents();
+  if (warp == 3) prefetch_start(p, blockIdx.x / p.row_groups);
+  if (warp == 2 && elect_one()) init_barriers<Config>(p, shared);
   griddepcontrol_wait();
   if (warp < 2) {
     const Place place = place_of<Config>(p);
     make_schedule<Config>(p, shared.schedule, place.group, warp);
     if (threadIdx.x == 0) shared.place = place;
-  } else if (warp == 2 && elect_one()) {
-    prefetch_tensormap(&p.kv_map);
-    prefetch_tensormap(&p.rope_map);
-    prefetch_tensormap(&p.q_map);
-    init_barriers<Config>(shared);
   }
   __syncthreads();
   deal_requests<Config>(p, shared.schedule, shared.place.group,

@@ -105,14 +105,13 @@ struct Producer {
   }
 };
 
-// Warp 1 writes the results of requests without tokens and notes how requests were shared out.
+// Warp 1 writes the results of requests without tokens and tells how requests were shared out.
 template <typename Config>
 JAX_DS_DEVICE void write_empty(const DecodeParams& p, WideShared<Config>& shared) {
+  announce_parts<Config>(p, shared.schedule, shared.place.group);
   const int R = p.S * p.H;
   Items<Config> items(p, shared.schedule);
   for (Item item; items.next(item);) {
-    note_parts(p, shared.schedule, item, lane_id() == 0 && shared.place.first_row == 0,
-               shared.place.group, 0);
     if (!item.empty()) continue;
     for (int i = 0; i < Config::kRows && shared.place.first_row + i < R; ++i) {
       const i64 row = static_cast<i64>(item.request) * R + shared.place.first_row + i;
