@@ -216,7 +216,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     PrefillDq(const __grid_constant__ PrefillBackwardParams p) {
   BackwardStorage<kConfig>& s = backward_prologue<kConfig>(p);
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.keys.counter = 0;  // for PrefillDkv
-  run_roles<Side::kQueries, kConfig.mask, 240>(
+  // Where dq takes fewer registers, the producers need not do with 24.
+  constexpr int kRegisters = kConfig.qk_dim > 128 ? 240 : 232;
+  run_roles<Side::kQueries, kConfig.mask, kRegisters>(
       p.queries, s.board, [&] { produce_for_dq<kConfig>(p, s); },
       [&] { consume_for_dq<kConfig>(p, s); });
 }
