@@ -97,3 +97,22 @@ def test_only_all_runs_are_complete(left: int, complete: bool) -> None:
     assert run._complete(runs) is complete
     runs["1 process"] = run.Run(1, 1.0, {"t": "failed: x"})
     assert not run._complete(runs)
+
+
+def test_what_failed_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run.Run(
+        1, 9.0, {"t.a::x[1]": "failed: no", "t.a::y": "passed", "t.b::z": "failed: no"}
+    )
+    asked = []
+
+    def repeat(nccl: str, environment: dict[str, str], tests: list[str]) -> run.Run:
+        asked.extend(tests)
+        return run.Run(1, 1.0, {"t.a::x[1]": "passed", "t.b::z": "failed: still"})
+
+    monkeypatch.setattr(run, "_one_process", repeat)
+    after = run._repeat_failed(before, "")
+    assert asked == ["t/a.py::x[1]", "t/b.py::z"]
+    assert after.outcomes == {"t.a::x[1]": "passed", "t.a::y": "passed", "t.b::z": "failed: still"}
+    assert after.status == 1 and list(after.repeated) == ["t.a::x[1]", "t.b::z"]
+    monkeypatch.setattr(run, "_one_process", lambda *_: run.Run(0, 1.0, {"t.b::z": "passed"}))
+    assert run._repeat_failed(after, "").status == 0

@@ -93,10 +93,19 @@ def test_compiled_products_read_what_producers_wrote() -> None:
 
 
 def _definition(definitions: dict[str, Any], name: str, through: Sequence[str]) -> Any:
-    """What `%name` is, seen through these operations (of one operand)."""
-    while definitions[name]["op"] in through:
-        name = re.findall(r"%([\w.-]+)", definitions[name]["operands"])[0]
-    return definitions[name]
+    """What `%name` is, seen through these operations, and through tuples that are taken apart."""
+    element = None  # of the tuple that `name` is
+    while True:
+        found = definitions[name]
+        operands = re.findall(r"%([\w.-]+)", found["operands"].split("), ")[0])
+        if found["op"] == "tuple" and element is not None:
+            name, element = operands[element], None
+        elif found["op"] in through:
+            if found["op"] == "get-tuple-element":
+                element = int(re.findall(r"index=(\d+)", found["operands"])[-1])
+            name = operands[0]
+        else:
+            return found
 
 
 def _operations(operation: Any) -> Iterator[Any]:

@@ -7,8 +7,9 @@ It needs the native module (`make setup`, or built elsewhere and put beside jax_
 of the interpreter that runs it, JAX for CUDA, pytest, pytest-xdist and hypothesis. First come the
 tests of one process, then those of several ranks, which share the GPUs there are; ranks need NCCL
 2.30.4 or newer: `--nccl` names one to use in place of the installed one. CUDA_VISIBLE_DEVICES says
-which GPUs to use; parts that need different ones run side by side. `--only` repeats a part, and
-keeps what the record says of the others if it is of the same sources. With arguments for pytest
+which GPUs to use; parts that need different ones run side by side. `--only` repeats a part,
+`--failed` the failed tests of one process; both keep what else the record says if it is of the same
+sources. With arguments for pytest
 only the first part runs and nothing is recorded, because the run is not complete.
 """
 
@@ -27,7 +28,7 @@ import tempfile
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -58,6 +59,7 @@ class Run:
     outcomes: dict[str, str]  # "passed", "skipped: why" or "failed: how", by test
     slowest: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of a few tests
     gpus: int = 1  # that the ranks had
+    repeated: Sequence[str] = ()  # tests that ran once more because they had failed
 
     def count(self, outcome: str) -> int:
         return sum(value.startswith(outcome) for value in self.outcomes.values())
@@ -71,10 +73,18 @@ def main() -> int:
     parser.add_argument(
         "--only", action="append", choices=RUNS, help="a part to run, may be repeated; default all"
     )
+    parser.add_argument(
+        "--failed", action="store_true", help="repeat only the recorded failures of one process"
+    )
     options, arguments = parser.parse_known_args()
     if arguments:
         return _one_process(options.nccl, {}, arguments).status
     digest, machine = sources_sha256(), _machine(options.nccl)
+    if options.failed:
+        runs = _recorded(digest)
+        runs["1 process"] = _repeat_failed(runs["1 process"], options.nccl)
+        _record(digest, machine, runs)
+        return 0 if _complete(runs) else 1
     wanted = {name: RUNS[name] for name in options.only or RUNS}
     if not isinstance(machine["nccl"], int):
         print(f"no tests of several ranks: {machine['nccl']}")
@@ -126,6 +136,22 @@ def _one_process(nccl: str, environment: dict[str, str], arguments: list[str]) -
     if not any(argument.startswith("-n") for argument in arguments):
         command += ["-n", str(_PROCESSES)]
     return _run([*command, "--junitxml={reports}/all.xml", *arguments], environment, 1)
+
+
+def _repeat_failed(run: Run, nccl: str) -> Run:
+    """`run` with the outcomes of its failed tests when they are run once more."""
+    failed = [test for test, outcome in run.outcomes.items() if outcome.startswith("failed")]
+    names = (test.partition("::") for test in failed)
+    again = _one_process(
+        nccl, {}, [f"{file.replace('.', '/')}.py::{name}" for file, _, name in names]
+    )
+    outcomes = run.outcomes | again.outcomes
+    return dataclasses.replace(
+        run,
+        status=int(any(outcome.startswith("failed") for outcome in outcomes.values())),
+        outcomes=outcomes,
+        repeated=sorted({*run.repeated, *failed}),
+    )
 
 
 def _ranks(ranks: int, nodes: int, environment: dict[str, str], options: argparse.Namespace) -> Run:

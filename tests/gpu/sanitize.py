@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -120,8 +121,9 @@ def main() -> int:
         logs.mkdir(parents=True, exist_ok=True)
         plan = planned(options.rooms or ROOMS, options.two_ranks)
         runs = _run(plan, options, logs)
-        # The sanitizer itself crashes at times, at its start.
-        again = [process for process in plan if runs[str(process)].status not in (0, FOUND)]
+        # The sanitizer itself crashes at times, at its start. What met the limit would again.
+        done = (0, FOUND, -signal.SIGTERM, -signal.SIGKILL)
+        again = [process for process in plan if runs[str(process)].status not in done]
         if again:
             print("once more:", ", ".join(map(str, again)), flush=True)
             runs |= _run(again, options, logs)
