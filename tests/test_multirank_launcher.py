@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +81,23 @@ def test_nothing_outlives_the_timeout(tmp_path: pathlib.Path) -> None:
     assert result.returncode != 0
     assert time.monotonic() - start < 20
     assert "---- rank 0: status -9" in result.stdout
+
+
+def test_nothing_outlives_the_launcher(tmp_path: pathlib.Path) -> None:
+    """A time limit of whoever started it ends it by SIGTERM."""
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    log = tmp_path / "rank0.txt"
+    launcher = [sys.executable, str(LAUNCHER), "--logs", str(tmp_path), "--ranks", "1", "--"]
+    running = subprocess.Popen(
+        [*launcher, sys.executable, "-c", program], env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    )
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 def test_without_a_gpu_it_says_so(tmp_path: pathlib.Path) -> None:

@@ -6,8 +6,10 @@ import pathlib
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Never
 
 
 def free_port() -> int:
@@ -18,6 +20,27 @@ def free_port() -> int:
         return port
 
 
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds the stack, as an interrupt does, instead of ending the process at once.
+
+    Only in the main thread, which alone may say so.
+    """
+
+    def leave(number: int, frame: Any) -> Never:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_terminable()
 def run(
     commands: Sequence[Sequence[str]],
     environments: Sequence[Mapping[str, str]],
@@ -30,7 +53,7 @@ def run(
     """Runs a command for each rank, its output in its file; their statuses.
 
     After a failure the others have `grace` seconds to say for whom they wait. Nothing that was
-    started outlives `timeout` seconds, or this call.
+    started outlives `timeout` seconds, or this call, also where SIGTERM ends it.
     """
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -43,6 +66,7 @@ def run(
                         env=environment,
                         stdout=output,
                         stderr=subprocess.STDOUT,
+                        # Whose signals reach all that a rank starts, but not from outside.
                         start_new_session=True,
                     )
                 )
