@@ -197,6 +197,7 @@ def main(room: str, part: str = "") -> None:
         multirank.join()
     for name, function, operands in ROOMS[room]():
         if part in name:
+            print(f"starts    {name}", flush=True)  # the last line where it hangs
             start = time.monotonic()
             jax.block_until_ready(jax.jit(function)(*operands))
             print(f"{time.monotonic() - start:6.1f} s  {name}", flush=True)
