@@ -140,7 +140,7 @@ gpu-test: setup  ## the tests that need a Hopper GPU; writes tests/gpu/results.j
 
 .PHONY: gpu-sanitize
 gpu-sanitize: setup  ## small calls of all kernels under compute-sanitizer; into the same file
-	$(PY) tests/gpu/sanitize.py $(ARGS)
+	$(PY) tests/gpu/sanitize.py $(if $(NCCL),--nccl $(NCCL)) $(ARGS)
 
 RANKS ?= 8
 NODES ?= 1

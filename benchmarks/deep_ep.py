@@ -13,7 +13,7 @@ run; NVLink is then not measured.
 import argparse
 import dataclasses
 import math
-import subprocess
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -446,7 +446,8 @@ def main() -> int:
         launcher = [sys.executable, multirank.__file__, "--ranks", str(options.ranks)]
         launcher += ["--nccl", options.nccl] if options.nccl else []
         worker = [sys.executable, "-m", "benchmarks.deep_ep", *sys.argv[1:]]
-        return subprocess.run([*launcher, "--lines", "999", "--", *worker]).returncode
+        # In this process's place, so that who ends this one ends the ranks.
+        os.execv(sys.executable, [*launcher, "--lines", "999", "--", *worker])
     rank, ranks = multirank.join()
     # Where XLA tunes a program, the processes share the work: each must compile it.
     jax.config.update("jax_share_binary_between_hosts", False)

@@ -119,7 +119,7 @@ def host() -> dict[str, float]:
     forward = timing.host_us(_ours, *operands)
     return {
         "host_us_per_call": forward,
-        # Its three kernels, and what XLA adds for the cotangent of lse.
+        # Its two kernels, and what XLA adds for the cotangent of lse.
         "host_us_per_gradient": timing.host_us(gradient, *operands) - forward,
         "compile_s_median": statistics.median(seconds),
         "compile_s_max": max(seconds),

@@ -61,7 +61,7 @@ def _section(part: Mapping[str, Any], pattern: str) -> str:
         measured += f"; {part['ranks']} ranks on {part['on']}, {part['tokens']} tokens a rank"
         if "few_tokens" in part:
             measured += f", {part['few_tokens']} with low latency"
-    if "host" in part:
+    if "host_us_per_call" in part.get("host", {}):
         measured += f"; a call costs the host {part['host']['host_us_per_call']:.1f} µs"
     return f"{table(part, pattern)}\n{measured}.\n"
 

@@ -110,9 +110,13 @@ def test_what_failed_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
         return run.Run(1, 1.0, {"t.a::x[1]": "passed", "t.b::z": "failed: still"})
 
     monkeypatch.setattr(run, "_one_process", repeat)
-    after = run._repeat_failed(before, "")
+    after = run._repeat_failed(before, "", {})
     assert asked == ["t/a.py::x[1]", "t/b.py::z"]
     assert after.outcomes == {"t.a::x[1]": "passed", "t.a::y": "passed", "t.b::z": "failed: still"}
     assert after.status == 1 and list(after.repeated) == ["t.a::x[1]", "t.b::z"]
     monkeypatch.setattr(run, "_one_process", lambda *_: run.Run(0, 1.0, {"t.b::z": "passed"}))
-    assert run._repeat_failed(after, "").status == 0
+    assert run._repeat_failed(after, "", {}).status == 0
+    # Ended by its limit: not repeated, and no success. Without a report there is nothing to name.
+    assert run._repeat_failed(run.Run(-15, 1.0, {"t.a::y": "passed"}), "", {}).status == -15
+    with pytest.raises(SystemExit):
+        run._repeat_failed(run.Run(1, 1.0, {"all": "failed: no report"}), "", {})

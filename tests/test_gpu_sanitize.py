@@ -33,6 +33,17 @@ _OUTPUT = "   6.9 s  dense 64x512x2048\na warning\n   0.3 s  wgrad\n"
                 {"jax_ds::deep_gemm::Gemm": 2},
             ),
         ),
+        (
+            "dense",
+            -15,
+            _HAZARDS,
+            (
+                FOUND,
+                2,
+                "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)",
+                {"jax_ds::deep_gemm::Gemm": 2},
+            ),
+        ),
         ("dense", -15, "", (-15, 2, "no summary", {})),
         ("canary", FOUND, _CLEAN, (0, 2, "ERROR SUMMARY: 0 errors", {})),
         ("canary", 0, _CLEAN, (1, 2, "ERROR SUMMARY: 0 errors", {})),

@@ -84,20 +84,25 @@ def test_nothing_outlives_the_timeout(tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_outlives_the_launcher(tmp_path: pathlib.Path) -> None:
-    """A time limit of whoever started it ends it by SIGTERM."""
-    program = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-    log = tmp_path / "rank0.txt"
-    launcher = [sys.executable, str(LAUNCHER), "--logs", str(tmp_path), "--ranks", "1", "--"]
+    """A time limit of whoever started it ends it by SIGTERM, some of them twice."""
+    program = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    program += "print(os.getpid(), flush=True); time.sleep(600)"
+    logs = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
+    launcher = [sys.executable, str(LAUNCHER), "--logs", str(tmp_path), "--ranks", "2", "--"]
     running = subprocess.Popen(
-        [*launcher, sys.executable, "-c", program], env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+        [*launcher, sys.executable, "-c", program],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"},
     )
-    while not (log.exists() and log.read_text().endswith("\n")):
+    while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
         assert running.poll() is None
         time.sleep(0.05)
     running.terminate()
+    time.sleep(0.3)
+    running.terminate()
     assert running.wait(20) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(log.read_text()), 0)
+    for log in logs:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(log.read_text()), 0)
 
 
 def test_without_a_gpu_it_says_so(tmp_path: pathlib.Path) -> None:

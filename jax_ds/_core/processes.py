@@ -28,6 +28,8 @@ def _terminable() -> Iterator[None]:
     """
 
     def leave(number: int, frame: Any) -> Never:
+        # Once: `timeout` tells its child and then the group of both.
+        signal.signal(number, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -37,7 +39,8 @@ def _terminable() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # None: a handler that is not Python's, which Python cannot put back.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 @_terminable()
@@ -72,8 +75,7 @@ def run(
                 )
         _wait(started, timeout, grace)
     finally:
-        for process in started:
-            _stop(process)
+        _stop(started)
     return [process.wait() for process in started]
 
 
@@ -87,10 +89,9 @@ def _wait(started: Sequence["subprocess.Popen[bytes]"], timeout: float, grace: f
         time.sleep(0.05)
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    for signal_number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, signal_number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+def _stop(started: Sequence["subprocess.Popen[bytes]"]) -> None:
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal_number)
+        _wait(started, timeout=5.0, grace=5.0)

@@ -87,7 +87,8 @@ def decode(
       out [B, S, H, V] in the dtype of q, or `(out, lse)`.
 
     Raises:
-      ValueError, TypeError: an argument of wrong shape, dtype or value.
+      ValueError, TypeError: an argument of wrong shape, dtype or value; a page table that names
+        more than 2^30 tokens a request.
       NotImplementedError: `implementation="cuda"` where the kernel cannot run.
 
     Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1), FlashMLA; the online softmax is that of
@@ -188,7 +189,8 @@ def append(
       The cache after the writes, shape and dtype of kv_pages.
 
     Raises:
-      ValueError, TypeError: an argument of wrong shape, dtype or value.
+      ValueError, TypeError: an argument of wrong shape, dtype or value; a page table that names
+        more than 2^30 tokens a request.
       NotImplementedError: `implementation="cuda"` where the kernel cannot run.
 
     Source: the paged cache of vLLM (arXiv 2309.06180) in the layout of FlashMLA.

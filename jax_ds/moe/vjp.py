@@ -103,7 +103,8 @@ def _bwd(
     gate_up, down = saved.types.primals[2:]
 
     def wgrad(dy: Quantized, x: Quantized, w: Any) -> Array:
-        """Rounded to the dtype of w by the kernel, or after a sum over devices in float32."""
+        """Rounded to the dtype of w by the kernel, or after a sum over devices in float32, of which
+        `check_vma=True` tells."""
         summed = set(varying_axes(dy, x)) - set(w.manual_axis_type.varying)
         dtype = jnp.float32 if summed else w.dtype
         return deep_gemm.fp8_grouped_wgrad(dy, x, sizes, out_dtype=dtype, implementation=impl)

@@ -33,7 +33,9 @@ def load() -> dict[str, Any]:
 def store(part: dict[str, Any]) -> None:
     """Replaces these keys of the record; the rest stays."""
     record = load() | part
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    new = RESULTS.with_suffix(".new")
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    new.replace(RESULTS)
     if vouches(record, sources_sha256()):
         PENDING.unlink(missing_ok=True)
 

@@ -82,7 +82,11 @@ def main() -> int:
     digest, machine = sources_sha256(), _machine(options.nccl)
     if options.failed:
         runs = _recorded(digest)
-        runs["1 process"] = _repeat_failed(runs["1 process"], options.nccl)
+        if "1 process" not in runs:
+            parser.error("--failed: there is no record of these sources")
+        devices = _devices(1, 1, visible_gpus())
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+        runs["1 process"] = _repeat_failed(runs["1 process"], options.nccl, environment)
         _record(digest, machine, runs)
         return 0 if _complete(runs) else 1
     wanted = {name: RUNS[name] for name in options.only or RUNS}
@@ -138,17 +142,21 @@ def _one_process(nccl: str, environment: dict[str, str], arguments: list[str]) -
     return _run([*command, "--junitxml={reports}/all.xml", *arguments], environment, 1)
 
 
-def _repeat_failed(run: Run, nccl: str) -> Run:
+def _repeat_failed(run: Run, nccl: str, environment: dict[str, str]) -> Run:
     """`run` with the outcomes of its failed tests when they are run once more."""
     failed = [test for test, outcome in run.outcomes.items() if outcome.startswith("failed")]
-    names = (test.partition("::") for test in failed)
-    again = _one_process(
-        nccl, {}, [f"{file.replace('.', '/')}.py::{name}" for file, _, name in names]
-    )
+    parts = [test.partition("::") for test in failed]
+    if not all(file and name for file, _, name in parts):
+        raise SystemExit("a process left no report: repeat it with --only '1 process'")
+    if not failed:
+        return run
+    tests = [f"{file.replace('.', '/')}.py::{name}" for file, _, name in parts]
+    again = _one_process(nccl, environment, tests)
     outcomes = run.outcomes | again.outcomes
+    fails = any(outcome.startswith("failed") for outcome in outcomes.values())
     return dataclasses.replace(
         run,
-        status=int(any(outcome.startswith("failed") for outcome in outcomes.values())),
+        status=1 if fails else again.status,
         outcomes=outcomes,
         repeated=sorted({*run.repeated, *failed}),
     )
