@@ -9,8 +9,8 @@ tests of one process, then those of several ranks, which share the GPUs there ar
 2.30.4 or newer: `--nccl` names one to use in place of the installed one. CUDA_VISIBLE_DEVICES says
 which GPUs to use; parts that need different ones run side by side. `--only` repeats a part,
 `--failed` the failed tests of one process; both keep what else the record says if it is of the same
-sources. With arguments for pytest
-only the first part runs and nothing is recorded, because the run is not complete.
+sources. With arguments for pytest only the first part runs and nothing is recorded, because the run
+is not complete.
 """
 
 import argparse
@@ -80,23 +80,19 @@ def main() -> int:
     if arguments:
         return _one_process(options.nccl, {}, arguments).status
     digest, machine = sources_sha256(), _machine(options.nccl)
-    if options.failed:
-        runs = _recorded(digest)
-        if "1 process" not in runs:
-            parser.error("--failed: there is no record of these sources")
-        devices = _devices(1, 1, visible_gpus())
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
-        runs["1 process"] = _repeat_failed(runs["1 process"], options.nccl, environment)
-        _record(digest, machine, runs)
-        return 0 if _complete(runs) else 1
-    wanted = {name: RUNS[name] for name in options.only or RUNS}
+    recorded = _recorded(digest)
+    if options.failed and "1 process" not in recorded:
+        parser.error("--failed: there is no record of these sources")
+    names = ["1 process"] if options.failed else options.only or RUNS
+    wanted = {name: RUNS[name] for name in names}
     if not isinstance(machine["nccl"], int):
         print(f"no tests of several ranks: {machine['nccl']}")
         wanted = {name: shape for name, shape in wanted.items() if shape == (1, 1)}
-    runs = {name: run for name, run in _recorded(digest).items() if name not in wanted}
+    runs = {name: run for name, run in recorded.items() if name not in wanted}
     gpus = {name: threading.Lock() for name in visible_gpus()}
     with concurrent.futures.ThreadPoolExecutor(len(RUNS)) as pool:
-        parts = {pool.submit(_part, name, gpus, options): name for name in wanted}
+        before = recorded if options.failed else {}
+        parts = {pool.submit(_part, name, gpus, options, before.get(name)): name for name in wanted}
         for part in concurrent.futures.as_completed(parts):
             # After every part: a run that is killed later has recorded what it had.
             runs[parts[part]] = part.result()
@@ -104,15 +100,25 @@ def main() -> int:
     return 0 if _complete(runs) else 1
 
 
-def _part(name: str, gpus: dict[str, threading.Lock], options: argparse.Namespace) -> Run:
-    """One of RUNS, alone on its GPUs: ranks that wait for each other cannot take turns."""
+def _part(
+    name: str,
+    gpus: dict[str, threading.Lock],
+    options: argparse.Namespace,
+    before: Run | None = None,
+) -> Run:
+    """One of RUNS, alone on its GPUs: ranks that wait for each other cannot take turns.
+
+    Of the run `before`, if any, only what failed.
+    """
     ranks, nodes = RUNS[name]
     devices = _devices(ranks, nodes, list(gpus))
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
     with contextlib.ExitStack() as held:
         for gpu in sorted(devices):
             held.enter_context(gpus[gpu])
-        if ranks == 1:
+        if before:
+            run = _repeat_failed(before, options.nccl, environment)
+        elif ranks == 1:
             run = _one_process(options.nccl, environment, [])
         else:
             run = _ranks(ranks, nodes, environment, options)
@@ -152,14 +158,10 @@ def _repeat_failed(run: Run, nccl: str, environment: dict[str, str]) -> Run:
         return run
     tests = [f"{file.replace('.', '/')}.py::{name}" for file, _, name in parts]
     again = _one_process(nccl, environment, tests)
-    outcomes = run.outcomes | again.outcomes
-    fails = any(outcome.startswith("failed") for outcome in outcomes.values())
-    return dataclasses.replace(
-        run,
-        status=1 if fails else again.status,
-        outcomes=outcomes,
-        repeated=sorted({*run.repeated, *failed}),
+    merged = dataclasses.replace(
+        run, outcomes=run.outcomes | again.outcomes, repeated=sorted({*run.repeated, *failed})
     )
+    return dataclasses.replace(merged, status=1 if merged.count("failed") else again.status)
 
 
 def _ranks(ranks: int, nodes: int, environment: dict[str, str], options: argparse.Namespace) -> Run:
