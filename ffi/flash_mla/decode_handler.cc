@@ -62,9 +62,17 @@ Error Initialize(DecodeState* state, int32_t ordinal) {
   return Error::Success();
 }
 
-// Kernels count rows, and the tokens of a request, in 32 bits; the latter a few blocks past the
-// end.
+// Kernels count in 32 bits with a sign: rows of the cache and of the queries, and tokens of a
+// request, of which a producer looks some blocks beyond the last.
 constexpr int64_t kMaxRows = int64_t{1} << 31, kMaxTokens = int64_t{1} << 30;
+
+Error CheckPages(const AnyBuffer& pages, DataType element) {
+  JAX_DS_RETURN_IF_ERROR(CheckBuffer("kv_pages", pages, element, {-1, -1, kKeyDim}));
+  const int64_t page_size = pages.dimensions()[1];
+  if (IsPageSize(page_size)) return Error::Success();
+  return InvalidArgument("kv_pages: page size must be 16, 32, 64 or 128, got " +
+                         std::to_string(page_size));
+}
 
 Error CheckTable(const AnyBuffer& table, int64_t page_size) {
   const int64_t tokens = table.dimensions()[1] * page_size;
@@ -83,7 +91,7 @@ Error CheckBuffers(const DecodeState& state, const Buffers& b) {
   const int64_t S = state.tokens, H = state.heads;
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("q", b.q, element, {-1, S, H, kKeyDim}));
   const int64_t B = b.q.dimensions()[0];
-  JAX_DS_RETURN_IF_ERROR(CheckBuffer("kv_pages", b.pages, element, {-1, -1, kKeyDim}));
+  JAX_DS_RETURN_IF_ERROR(CheckPages(b.pages, element));
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("page_table", b.table, DataType::S32, {B, -1}));
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("seq_lens", b.lengths, DataType::S32, {B}));
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("out", b.out, element, {B, S, H, kValueDim}));
@@ -93,10 +101,6 @@ Error CheckBuffers(const DecodeState& state, const Buffers& b) {
       CheckBuffer("partial_lse", b.partial_lse, DataType::F32, {b.partial_out.dimensions()[0]}));
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("parts", b.parts, DataType::S32, {B, 2}));
   const int64_t page_size = b.pages.dimensions()[1];
-  if (page_size < 16 || (page_size % kBlock != 0 && kBlock % page_size != 0)) {
-    return InvalidArgument("kv_pages: page size must be 16, 32 or a multiple of 64, got " +
-                           std::to_string(page_size));
-  }
   if (b.pages.dimensions()[0] * page_size >= kMaxRows || B * S * H >= kMaxRows) {
     return InvalidArgument("kv_pages, q: must have less than 2^31 rows");
   }
@@ -205,7 +209,7 @@ Error ExecuteAppend(AppendState* state, int32_t ordinal, cuda::Stream stream, An
   if (element != DataType::BF16 && element != DataType::F16) {
     return InvalidArgument("kv_pages: must be bfloat16 or float16");
   }
-  JAX_DS_RETURN_IF_ERROR(CheckBuffer("kv_pages", pages, element, {-1, -1, kKeyDim}));
+  JAX_DS_RETURN_IF_ERROR(CheckPages(pages, element));
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("kv", kv, element, {-1, -1, kKeyDim}));
   const int64_t B = kv.dimensions()[0], S = kv.dimensions()[1];
   JAX_DS_RETURN_IF_ERROR(CheckBuffer("page_table", table, DataType::S32, {B, -1}));

@@ -30,6 +30,10 @@ ErrorOr<DecodeConfig> PlanDecode(int64_t query_rows, bool half) {
   return DecodeConfig{false, kWideRows, query_rows > kWideRows, half};
 }
 
+bool IsPageSize(int64_t tokens) {
+  return tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128;
+}
+
 int BoxTokens(int64_t page_size) { return static_cast<int>(std::min<int64_t>(page_size, kBlock)); }
 
 DecodeLaunch LaunchDecode(const DecodeConfig& c, int64_t query_rows, int multiprocessors) {

@@ -22,6 +22,9 @@ struct DecodeConfig {
 
 ErrorOr<DecodeConfig> PlanDecode(int64_t query_rows, bool half);
 
+// Whether pages may hold so many tokens; jax_ds/flash_mla/checks.py has the same list.
+bool IsPageSize(int64_t tokens);
+
 // Tokens that one TMA box brings: a page, or a block if that is less.
 int BoxTokens(int64_t page_size);
 

@@ -53,8 +53,7 @@ ErrorOr<PrefillOperands> PrefillOperands::Make(const PrefillAttributes& a, int o
     o.sequences = sequences;
   }
   JAX_DS_ASSIGN_OR_RETURN(const Driver* driver, Driver::Get());
-  JAX_DS_ASSIGN_OR_RETURN(o.multiprocessors,
-                          driver->DeviceAttribute(ordinal, cuda::kMultiprocessorCount));
+  JAX_DS_ASSIGN_OR_RETURN(o.multiprocessors, driver->Multiprocessors(ordinal));
   return o;
 }
 

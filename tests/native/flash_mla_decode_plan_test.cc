@@ -24,7 +24,9 @@ void Choice() {
 
 // Boxes of whole groups of eight rows, which neither leave a page nor a block.
 void Boxes() {
-  for (int64_t page : {16, 32, 64, 128, 192}) {
+  for (int64_t page : {-16, 0, 8, 48, 192, 256}) CHECK(!mla::IsPageSize(page));
+  for (int64_t page : {16, 32, 64, 128}) {
+    CHECK(mla::IsPageSize(page));
     const int tokens = mla::BoxTokens(page);
     CHECK(tokens % mla::kGroupRows == 0 && page % tokens == 0);
     CHECK_EQ(mla::kBlock % tokens, 0);

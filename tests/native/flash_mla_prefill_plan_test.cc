@@ -42,6 +42,8 @@ void EveryKernelFits() {
 void Launches() {
   CHECK_EQ(*mla::PrefillGrid(2, 4, 300, false, 132), 24u);
   CHECK_EQ(*mla::PrefillGrid(2, 128, 4096, false, 132), 132u);
+  CHECK_EQ(*mla::PrefillGrid(2, 128, 0, false, 132), 0u);  // no launch: nothing can be dealt out
+  CHECK_EQ(*mla::PrefillGrid(0, 128, 300, false, 132), 0u);
   // The tiles of a packed batch are known on the device only: as many CTAs as there may be tiles.
   CHECK_EQ(*mla::PrefillGrid(1, 1, 128, true, 132), 8u);
   CHECK(mla::PrefillGrid(1 << 15, 128, 1 << 16, false, 132).has_error());
