@@ -1,7 +1,7 @@
 // PTX between GPUs: system-scope synchronisation, and streaming accesses of 16 bytes.
 #pragma once
 
-#include "kernels/ptx.cuh"
+#include "kernels/cache_policy.cuh"
 
 namespace jax_ds {
 
@@ -53,14 +53,7 @@ JAX_DS_DEVICE uint4 ld_global_once_v4(const void* pointer) {
   return value;
 }
 
-// What is stored under this policy leaves L2 before other data.
-JAX_DS_DEVICE u64 createpolicy_evict_first() {
-  u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-JAX_DS_DEVICE void st_global_v4(void* pointer, uint4 value, u64 policy) {
+JAX_DS_DEVICE void st_global_v4(void* pointer, uint4 value, CachePolicy policy) {
   asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(pointer),
                "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "l"(policy)
                : "memory");

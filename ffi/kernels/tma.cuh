@@ -3,17 +3,11 @@
 // zero and is not stored.
 #pragma once
 
+#include "kernels/cache_policy.cuh"
 #include "kernels/mbarrier.cuh"
 #include "kernels/tensor_map.h"
 
 namespace jax_ds {
-
-// L2 eviction policies, as createpolicy would make them.
-enum CachePolicy : u64 {
-  kEvictNormal = 0x1000000000000000ull,
-  kEvictFirst = 0x12F0000000000000ull,
-  kEvictLast = 0x14F0000000000000ull,
-};
 
 JAX_DS_DEVICE void prefetch_tensormap(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -162,8 +162,7 @@ struct RowReceiver {
     const i64 bytes = static_cast<i64>(p.record.vectors) * 16;
     const auto id_of = [&](int i) { return id_in_lane(i / parts); };
     // Let rows leave L2 before what ranks are sending.
-    const u64 policy = createpolicy_evict_first();
-    const auto store = [&](uint4* at, uint4 piece) { st_global_v4(at, piece, policy); };
+    const auto store = [](uint4* at, uint4 piece) { st_global_v4(at, piece, kEvictFirst); };
     for_each_taken(&round.progress->taken[1], count, id_of, [&](int i, int id) {
       const int slot = named.list[i / parts], part = i % parts;
       // Of the lanes that name one expert, the first.
