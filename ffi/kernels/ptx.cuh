@@ -296,6 +296,7 @@ JAX_DS_DEVICE float ex2(float x) {
   return y;
 }
 
+// To one unit in the last place; of infinity and of anything above 2^126, zero.
 JAX_DS_DEVICE float rcp(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -56,11 +56,11 @@ struct Weights {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
-      weight[i] = exp2_approx(weight[i] - zero);
+      weight[i] = ex2(weight[i] - zero);
       sum += weight[i];
     }
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-    lse = largest + log2_approx(sum);
+    lse = largest + lg2(sum);
     const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) weight[i] *= scale;

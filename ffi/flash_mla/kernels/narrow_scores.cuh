@@ -78,7 +78,7 @@ struct NarrowScores {
       }
       if (lane_id() < 4) shared.warp_max[Columns<Config>::row(c)][warp] = m;
     }
-    bar_sync(1, 128);
+    sync_scores();
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = Columns<Config>::row(c);
@@ -97,8 +97,8 @@ struct NarrowScores {
       const float reference = finite_reference(row_max[c]);
       float& upper = s[Columns<Config>::upper(c)];
       float& lower = s[Columns<Config>::lower(c)];
-      upper = exp2_approx(fmaf(upper, p.scale_log2, -reference));
-      lower = exp2_approx(fmaf(lower, p.scale_log2, -reference));
+      upper = ex2(fmaf(upper, p.scale_log2, -reference));
+      lower = ex2(fmaf(lower, p.scale_log2, -reference));
       row_sum[c] += upper + lower;
     }
     const int chunk = 2 * warp + lane_id() / 8 % 2;  // eight tokens
@@ -131,14 +131,14 @@ struct NarrowScores {
       }
       if (lane_id() < 4) shared.warp_sum[Columns<Config>::row(c)][warp] = row_sum[c];
     }
-    bar_sync(1, 128);
+    sync_scores();
     if (warp != 0 || lane_id() >= 4) return;
     for (int c = 0; c < kColumns; ++c) {
       const int row = Columns<Config>::row(c);
       const float4 m = ld_shared_v4_f32(shared_address(shared.warp_sum[row]));
       const float sum = (m.x + m.y) + (m.z + m.w);
       shared.inverse[ring.slot()][row] = sum == 0.0f ? 0.0f : 1.0f / sum;
-      store_lse(item, row, row_max[c] + log2_approx(sum));
+      store_lse(item, row, row_max[c] + lg2(sum));
     }
   }
 
@@ -158,7 +158,7 @@ struct NarrowScores {
     mask(item, block, s);
     // Seldom does any score outgrow its row's reference point. Also: all warps have done with the
     // rotary tile, and with the maxima of the block before.
-    const bool moved = bar_red_or(1, 128, outgrown(s));
+    const bool moved = bar_red_or(kScoresBarrier, 128, outgrown(s));
     if (moved) [[unlikely]]
       update_max(s);
     if (threadIdx.x == 0) shared.moved[ring.slot()] = moved;

@@ -127,9 +127,9 @@ struct PrefillConsumer {
     if (group == 1) pass_turn();
   }
 
-  // Barrier 1 + g lets warpgroup g issue its products; group 0 begins.
-  JAX_DS_DEVICE void take_turn() const { bar_sync(1 + group, 256); }
-  JAX_DS_DEVICE void pass_turn() const { bar_arrive(1 + (group ^ 1), 256); }
+  // Group 0 begins.
+  JAX_DS_DEVICE void take_turn() const { bar_sync(kTurnBarrier + group, 256); }
+  JAX_DS_DEVICE void pass_turn() const { bar_arrive(kTurnBarrier + (group ^ 1), 256); }
 
   // scores = q k^T, of the block of keys that is next in the ring; asynchronous.
   JAX_DS_DEVICE void multiply_keys(float (&scores)[kN / 2]) const {
@@ -158,7 +158,7 @@ struct PrefillConsumer {
     const int end = keys_end;
     if (key + kN <= end) return;
     v_ring.wait();
-    clear_rows<kN>(shared_address(s.v[v_ring.slot()]), kConfig.v_dim / 64, 3 + group,
+    clear_rows<kN>(shared_address(s.v[v_ring.slot()]), kConfig.v_dim / 64, group,
                    [=](int i) { return key + i >= end; });
   }
 

@@ -9,12 +9,16 @@
 
 namespace jax_ds::flash_mla {
 
-inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
-inline constexpr float kLn2 = 0.6931471805599453f;
-
 // A value on which the warp agrees, in a uniform register: what is computed from it, operand
 // descriptors above all, then needs no other registers and no moves between the two kinds.
 JAX_DS_DEVICE u32 warp_uniform(u32 value) { return __reduce_or_sync(0xffffffffu, value); }
+
+// Named barriers; __syncthreads has 0. `g`: the number of a math warpgroup.
+inline constexpr u32 kTurnBarrier = 1;       // + g: g may issue its products
+inline constexpr u32 kWarpgroupBarrier = 3;  // + g: its own warps
+inline constexpr u32 kMeetingBarrier = 5;    // of both
+
+JAX_DS_DEVICE void sync_warpgroup(u32 group) { bar_sync(kWarpgroupBarrier + group, 128); }
 
 // Loads `kRows` rows of a head as slabs of 64 columns: rows of 128 bytes, swizzled. The map's boxes
 // are of kBox rows.
@@ -29,15 +33,15 @@ JAX_DS_DEVICE void load_slabs(u8* shared, const TensorMap* map, u64* barrier, in
   }
 }
 
-// Zeroes rows of slabs for which `clears(row)`, for the products that this warpgroup then issues:
-// padding may hold NaN, and zero times NaN is NaN. Both warpgroups do so, each for itself.
+// Zeroes rows of slabs for which `clears(row)`, for the products that warpgroup `group` then
+// issues: padding may hold NaN, and zero times NaN is NaN. Both warpgroups do so, each for itself.
 template <int kRows, typename Clears>
-JAX_DS_DEVICE void clear_rows(u32 slabs, int num_slabs, u32 barrier, Clears clears) {
+JAX_DS_DEVICE void clear_rows(u32 slabs, int num_slabs, u32 group, Clears clears) {
   for (int i = threadIdx.x % 128; i < num_slabs * kRows * 8; i += 128) {
     if (clears(i / 8 % kRows)) st_shared_v4(slabs + i * 16, 0, 0, 0, 0);
   }
   fence_proxy_async_shared();
-  bar_sync(barrier, 128);
+  sync_warpgroup(group);
 }
 
 // d = a b^T, both K-major in slabs; asynchronous, one group. kRowsA, kRowsB: rows of their slabs.

@@ -9,7 +9,8 @@ struct DealtTile {
   int head, place;
 };
 
-// The tile that CTA `cta` of `ctas` takes in this round. A head's longest tile and its shortest are
+// The tile that CTA `cta` of `ctas` takes in this round. There is a tile and a CTA: with nothing to
+// deal out the grid is empty, and nothing is launched. A head's longest tile and its shortest are
 // a pair, the next longest and the next shortest another: as much work each, whatever the mask.
 // Pairs are dealt out head after head, so that CTAs read the same keys from L2 at the same time;
 // but for the last pair of every CTA, and what is over, which go tile by tile, the longest first,

@@ -108,9 +108,8 @@ struct DkvConsumer {
     for (int i = lane_id(); i < kWalked; i += 32) any |= lse[i] == kInfinity;
     if (!__any_sync(0xffffffffu, any)) return;
     const auto blind = [=](int i) { return lse[i] == kInfinity; };
-    clear_rows<kWalked>(shared_address(s.walked_wide[slot]), kConfig.qk_dim / 64, 3 + group, blind);
-    clear_rows<kWalked>(shared_address(s.walked_narrow[slot]), kConfig.v_dim / 64, 3 + group,
-                        blind);
+    clear_rows<kWalked>(shared_address(s.walked_wide[slot]), kConfig.qk_dim / 64, group, blind);
+    clear_rows<kWalked>(shared_address(s.walked_narrow[slot]), kConfig.v_dim / 64, group, blind);
   }
 
   // Zeroes what the mask hides. What the thread's keys see is asked for anew: few blocks need it.
@@ -155,7 +154,7 @@ struct DkvConsumer {
   JAX_DS_DEVICE void pass(int blocks) {
     for (; blocks > 0; --blocks, ring.advance()) {
       ring.wait();
-      bar_sync(3 + group, 128);  // no warp may still wait for what is released
+      sync_warpgroup(group);  // no warp may still wait for what is released
       if (releases) ring.release();
     }
   }

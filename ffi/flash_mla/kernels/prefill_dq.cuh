@@ -113,7 +113,7 @@ struct DqConsumer {
   JAX_DS_DEVICE void clear_padding(int slot, int key) const {
     const int end = keys_end;
     if (key + kWalked <= end) return;
-    clear_rows<kWalked>(shared_address(s.walked_wide[slot]), kConfig.qk_dim / 64, 3 + group,
+    clear_rows<kWalked>(shared_address(s.walked_wide[slot]), kConfig.qk_dim / 64, group,
                         [=](int i) { return key + i >= end; });
   }
 
@@ -145,14 +145,14 @@ struct DqConsumer {
     u32 previous = 0;  // the slot whose keys the pending product reads
     for (int block = all; block > blocks; --block, ring.advance()) {
       ring.wait();
-      bar_sync(3 + group, 128);  // no warp may still wait for what is released
+      sync_warpgroup(group);  // no warp may still wait for what is released
       if (releases) ring.release();
     }
     held.wait();
     for (int block = blocks - 1; block >= 0; --block, ring.advance()) {
       const int slot = warp_uniform(ring.slot()), key = tile.first + block * kWalked;
       float scores[kWalked / 2], dp[kWalked / 2];
-      if (block == meeting) bar_sync(5, 256);
+      if (block == meeting) bar_sync(kMeetingBarrier, 256);
       ring.wait();
       // Only the last of all can reach into the padding.
       if (kConfig.mask == kPackedMask && block == all - 1) clear_padding(slot, key);

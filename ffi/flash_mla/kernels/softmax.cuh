@@ -2,26 +2,18 @@
 #pragma once
 
 #include "flash_mla/kernels/schedule.cuh"
+#include "kernels/constants.h"
 
 namespace jax_ds::flash_mla {
 
-inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
-inline constexpr float kLn2 = 0.693147180559945309f;
 // The reference point follows the maximum only once it lags by more than this (base 2):
 // probabilities then stay below 2^8, which costs no precision, and the output is seldom rescaled.
 inline constexpr float kLag = 8.0f;
 
-JAX_DS_DEVICE float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+// Named barrier of the warpgroup of scores and softmax; __syncthreads has 0.
+inline constexpr u32 kScoresBarrier = 1;
 
-JAX_DS_DEVICE float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+JAX_DS_DEVICE void sync_scores() { bar_sync(kScoresBarrier, 128); }
 
 JAX_DS_DEVICE float power_of_two(u32 negative) { return __int_as_float((127 - negative) << 23); }
 

@@ -35,11 +35,11 @@ struct Scores {
     const uint4 piece =
         ld_shared_v4(shared_address(shared.query[at.stage()][Config::kQueryRegTiles - 1]) +
                      swizzled(matrix_row(), 6 + chunk));
-    bar_sync(1, 128);  // all warps have done with the previous item's
+    sync_scores();  // all warps have done with the previous item's
     st_shared_v4(shared_address(shared.q_fragment[chunk][matrix_row()]), piece.x, piece.y, piece.z,
                  piece.w);
     fence_proxy_async_shared();
-    bar_sync(1, 128);
+    sync_scores();
     release_stage();
   }
 
@@ -144,7 +144,7 @@ struct Scores {
     if (lane_id() == 0) shared.moved[at.slot()][row / 16] = moved;
     const float zero[2] = {finite_reference(reference[0]), finite_reference(reference[1])};
 #pragma unroll
-    for (int i = 0; i < 32; ++i) s[i] = exp2_approx(fmaf(s[i], p.scale_log2, -zero[i / 2 % 2]));
+    for (int i = 0; i < 32; ++i) s[i] = ex2(fmaf(s[i], p.scale_log2, -zero[i / 2 % 2]));
 #pragma unroll
     for (int i = 0; i < 32; ++i) sum[i / 2 % 2] += s[i];
   }
@@ -180,7 +180,7 @@ struct Scores {
       if (lane_id() % 4 != 0) continue;
       const float inverse = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];
       shared.inverse[at.slot()][row + 8 * half] = inverse;
-      const float lse = reference[half] + log2_approx(sum[half]);
+      const float lse = reference[half] + lg2(sum[half]);
       if (item.part != kWhole) {
         p.partial_lse[partial_row<Config>(p, shared.place, item.part) + row + 8 * half] = lse;
         continue;
@@ -204,7 +204,7 @@ struct Scores {
       if (blocks == 1) mbarrier_arrive(&shared.q_empty);
       mask(tokens, s);
       softmax(s);
-      bar_sync(1, 128);  // all warps have done with the rotary tile
+      sync_scores();  // all warps have done with the rotary tile
       store_probabilities(s);
       if (blocks == 1) break;
       publish();

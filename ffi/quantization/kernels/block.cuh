@@ -11,7 +11,7 @@
 namespace jax_ds::quantization {
 
 constexpr int kBlock = 128;
-constexpr u32 kNaN = 0x7fc00000, kInfinity = 0x7f800000;
+constexpr u32 kNaNBits = 0x7fc00000, kInfinityBits = 0x7f800000;
 constexpr u32 kNaNCodes = 0x7f7f7f7f;  // four of e4m3fn
 
 enum class Input { kBfloat16, kFloat32 };
@@ -135,16 +135,9 @@ struct Segment {
   }
 };
 
-// To one unit in the last place; of infinity and of anything above 2^126, zero.
-JAX_DS_DEVICE float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // silu(gate) * up in float32. Where exp overflows, silu is zero.
 JAX_DS_DEVICE float swiglu(float gate, float up) {
-  return gate * reciprocal(1.0f + ex2(gate * -kLog2e)) * up;
+  return gate * rcp(1.0f + ex2(gate * -kLog2e)) * up;
 }
 
 template <Input kInput>
@@ -162,14 +155,14 @@ JAX_DS_DEVICE float scale_of(u32 amax_bits, bool ue8m0) {
   float scale = __fmul_rn(amax, 1.0f / 448);
   if (ue8m0) scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
   if (amax < 0x1p-107f) scale = 1.0f;
-  return amax_bits > kInfinity ? __uint_as_float(kNaN) : scale;
+  return amax_bits > kInfinityBits ? __uint_as_float(kNaNBits) : scale;
 }
 
 // Above 2^96 the lower part of a reciprocal would be subnormal: such scales, and what they divide,
 // are multiplied by 2^-64 first.
 constexpr float kPrescale = 0x1p-64f;
 JAX_DS_DEVICE bool is_huge(float scale) {
-  return scale > 0x1p96f && scale < __uint_as_float(kInfinity);
+  return scale > 0x1p96f && scale < __uint_as_float(kInfinityBits);
 }
 
 // A divisor d as its reciprocal. Exact: in two parts, 1/d = high + low to 2^-44, so that x * high +
@@ -182,9 +175,9 @@ struct Reciprocal {
   float high, low;
 
   static JAX_DS_DEVICE Reciprocal of(float d) {
-    if constexpr (!kExact) return {reciprocal(d), 0.0f};
+    if constexpr (!kExact) return {rcp(d), 0.0f};
     // Certainly below 1/d: the approximation errs by one unit in the last place at most.
-    const float high = __fmul_rn(reciprocal(d), 1.0f - 0x1p-21f);
+    const float high = __fmul_rn(rcp(d), 1.0f - 0x1p-21f);
     const float rest = __fmaf_rn(-d, high, 1.0f);
     const float low = __fmul_rn(__fmaf_rn(rest, rest, rest), high);
     // An infinite d makes finite x zero and infinite x NaN.
