@@ -21,7 +21,7 @@ PYTEST := -m pytest -q
 # The CPU tests are about the CPU backend on machines with a GPU too.
 ON_CPU := JAX_PLATFORMS=cpu
 
-CPP_SOURCES := $(shell find ffi tests/native -name '*.cc' -o -name '*.h' -o -name '*.cuh')
+CPP_SOURCES := $(shell find ffi tests -name '*.cc' -o -name '*.h' -o -name '*.cuh')
 HOST_SOURCES := $(shell find ffi \( -name '*.cc' -o -name '*.h' \))
 NATIVE := jax_ds/_jax_ds.abi3.so
 

@@ -3,7 +3,8 @@
 
 namespace jax_ds {
 
-// Warps read what others may still be writing, and `out` holds fewer numbers than there are threads.
+// Warps read what others may still be writing, and `out` holds fewer numbers than there are
+// threads.
 __global__ void canary(int* out) {
   __shared__ volatile int cells[64];
   cells[threadIdx.x] = static_cast<int>(threadIdx.x);
