@@ -4,6 +4,7 @@ Every message names the argument, the rule and the value, in that order:
 `kv_pages: page size must be 64, got 16`.
 """
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -36,8 +37,9 @@ def check_dtype(argument: str, x: Any, *allowed: Any) -> None:
         raise TypeError(f"{argument}: must be an array, got {type(x).__name__}")
     dtype = jnp.dtype(x.dtype)
     if dtype not in {jnp.dtype(a) for a in allowed}:
-        names = " or ".join(jnp.dtype(a).name for a in allowed)
-        raise TypeError(f"{argument}: dtype must be {names}, got {dtype.name}")
+        *names, last = (jnp.dtype(a).name for a in allowed)
+        rule = f"{', '.join(names)} or {last}" if names else last
+        raise TypeError(f"{argument}: dtype must be {rule}, got {dtype.name}")
 
 
 def check_shape(argument: str, x: Any, expected: Sequence[int | None], letters: str) -> None:
@@ -55,16 +57,39 @@ def check_shape(argument: str, x: Any, expected: Sequence[int | None], letters: 
 
 
 def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:
-    """Requires `value` to be one of `choices`."""
-    if value not in choices:
+    """Requires `value` to be one of `choices`; an array, traced above all, is none."""
+    if isinstance(value, jax.Array | np.ndarray) or value not in choices:
         fail(argument, "must be one of " + ", ".join(map(repr, choices)), repr(value))
 
 
-def check_integer(argument: str, value: Any) -> int:
-    """Requires a static integer, numpy's included; returns it as Python's."""
+def check_dtype_choice(argument: str, dtype: Any, *allowed: Any) -> jnp.dtype:
+    """Requires a keyword that names one of the `allowed` dtypes; returns that dtype."""
+    try:
+        name = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        name = dtype
+    check_choice(argument, name, [jnp.dtype(a).name for a in allowed])
+    return jnp.dtype(dtype)
+
+
+def check_integer(argument: str, value: Any, least: int | None = None) -> int:
+    """Requires a static integer, numpy's included, of `least` or more; returns it as Python's."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{argument}: must be a static integer, got {value!r}")
-    return int(value)
+    integer = int(value)
+    check(least is None or integer >= least, argument, f"must be at least {least}", value)
+    return integer
+
+
+def check_number(argument: str, value: Any, *, positive: bool = False) -> float:
+    """Requires a static finite number, positive or else not negative; returns it as Python's."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{argument}: must be a static number, got {value!r}")
+    number = float(value)
+    fits = math.isfinite(number) and (number > 0 if positive else number >= 0)
+    rule = "must be positive and finite" if positive else "must be finite and not negative"
+    check(fits, argument, rule, value)
+    return number
 
 
 def known_values(x: Any) -> np.ndarray[Any, Any] | None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jax_ds._core.checks import check, check_dtype, check_shape, known_values
+from jax_ds._core.checks import check, check_dtype, check_integer, check_shape, known_values
 
 # Elements of a line, and rows and columns of a square, that share a scale.
 BLOCK = 128
@@ -22,7 +22,16 @@ def padded_tokens(num_rows: int, num_groups: int = 1) -> int:
 
     `P = floor128(M + 127 * min(G, M))`: room for every way of splitting M rows into G groups that
     each start at a multiple of 128.
+
+    Args:
+      num_rows: M, zero allowed.
+      num_groups: G, at least 1.
+
+    Raises:
+      ValueError, TypeError: for numbers against these rules.
     """
+    check_integer("num_rows", num_rows, 0)
+    check_integer("num_groups", num_groups, 1)
     return (num_rows + (BLOCK - 1) * min(num_groups, num_rows)) // BLOCK * BLOCK
 
 

@@ -89,7 +89,7 @@ def plan_dispatch(
     check_rank("expert_ids", expert_ids, 2)
     check_dtype("expert_ids", expert_ids, jnp.int32)
     sizes = check_exchange(expert_ids, num_experts, axis_name, channel)
-    check_count("expert_alignment", expert_alignment, 1)
+    check_integer("expert_alignment", expert_alignment, 1)
     if node_capacity is not None:
         check(
             len(sizes.axis_name) == 2,
@@ -97,7 +97,7 @@ def plan_dispatch(
             "needs axis_name=(node, gpu)",
             repr(axis_name),
         )
-        check_count("node_capacity", node_capacity, 1)
+        check_integer("node_capacity", node_capacity, 1)
     if capacity is not None and check_integer("capacity", capacity) < expert_alignment:
         fail("capacity", f"must be at least expert_alignment = {expert_alignment}", capacity)
 
@@ -231,7 +231,7 @@ def check_exchange(
     check_integer("num_experts", num_experts)
     rule = f"must be a positive multiple of the {num_ranks} ranks of axis {axis_name!r}"
     check(num_experts >= 1 and num_experts % num_ranks == 0, "num_experts", rule, num_experts)
-    check_count("channel", channel, 0)
+    check_integer("channel", channel, 0)
     return PlanSizes(
         axis_name=axes,
         num_ranks=num_ranks,
@@ -242,11 +242,6 @@ def check_exchange(
         expert_alignment=1,
         channel=int(channel),
     )
-
-
-def check_count(argument: str, value: int, least: int) -> None:
-    """Requires a static integer, at least `least`."""
-    check(check_integer(argument, value) >= least, argument, f"must be at least {least}", value)
 
 
 def together(axes: tuple[str, ...], *operands: Any) -> Any:
@@ -271,5 +266,5 @@ def _check_call(plan: DispatchPlan, num_sms: int | None) -> PlanSizes:
     came_from = "a handle of low_latency_dispatch"
     check(sizes.region is None, "plan", "must come from plan_dispatch", came_from)
     if num_sms is not None:
-        check_count("num_sms", num_sms, 1)
+        check_integer("num_sms", num_sms, 1)
     return sizes

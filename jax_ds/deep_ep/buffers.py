@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_ds._core.checks import check as require
-from jax_ds._core.checks import check_integer
+from jax_ds._core.checks import check_dtype_choice, check_integer
 from jax_ds._runtime import native
 
 # A window's signals precede its slots.
@@ -59,13 +59,13 @@ def buffer_bytes(
       num_tokens: T.
       hidden: H.
       num_ranks: R.
-      dtype: of the dispatched tokens, float8_e4m3fn for Quantized.
+      dtype: of the dispatched tokens: bfloat16, float32, or float8_e4m3fn for Quantized.
       training: with the backward pass, whose dispatch carries the cotangents of y.
       top_k: K.
       low_latency: for `low_latency_dispatch` and `low_latency_combine` instead.
 
     Raises:
-      ValueError, TypeError: for a size below 1 or no integer.
+      ValueError, TypeError: for a size below 1 or no integer, or a dtype that is not dispatched.
     """
     for name, value in (
         ("num_tokens", num_tokens),
@@ -73,8 +73,8 @@ def buffer_bytes(
         ("num_ranks", num_ranks),
         ("top_k", top_k),
     ):
-        require(check_integer(name, value) >= 1, name, "must be at least 1", value)
-    sent = jnp.dtype(dtype)
+        check_integer(name, value, 1)
+    sent = check_dtype_choice("dtype", dtype, jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)
     quantized = sent == jnp.float8_e4m3fn
     result = jnp.dtype(jnp.bfloat16) if quantized else sent
     scales = 4 * -(-hidden // 128) if quantized else 0

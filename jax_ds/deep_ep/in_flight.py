@@ -9,6 +9,7 @@ import jax
 from jax._src.core import get_opaque_trace_state
 from jaxtyping import Array, Bool, Float, UInt8
 
+from jax_ds._core.checks import fail
 from jax_ds._runtime.choose import Implementation
 from jax_ds.deep_ep.plan import PlanSizes
 from jax_ds.deep_ep.route import FlatRoute
@@ -48,7 +49,10 @@ class UnderWay:
     objects that live in the current trace; it holds none of them.
     """
 
+    # (where, operation, axes, channel) of what was started, and where objects were finished: the
+    # branches of a conditional may each finish the same one.
     _all: ClassVar[weakref.WeakKeyDictionary[Any, tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+    _finished: ClassVar[weakref.WeakKeyDictionary[Any, list[Any]]] = weakref.WeakKeyDictionary()
     _lock: ClassVar[threading.Lock] = threading.Lock()  # programs may be traced in several threads
 
     def __init__(self, operation: str, sizes: PlanSizes) -> None:
@@ -72,5 +76,11 @@ class UnderWay:
             self._all[in_flight] = (get_opaque_trace_state(), *self.key)
 
     def remove(self, in_flight: Any) -> None:
+        """Raises a ValueError if it has been finished here: its slot may be another call's now."""
+        here = get_opaque_trace_state()
         with self._lock:
+            finished = self._finished.setdefault(in_flight, [])
+            if here in finished:
+                fail("in_flight", "can be finished once", "one that has been")
+            finished.append(here)
             self._all.pop(in_flight, None)

@@ -21,11 +21,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_ds._core.checks import check, check_dtype, check_rank, check_shape
+from jax_ds._core.checks import (
+    check,
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_rank,
+    check_shape,
+)
 from jax_ds._runtime.choose import Implementation, choose
 from jax_ds.deep_ep import ffi, low_latency_ffi
 from jax_ds.deep_ep import low_latency_xla as portable
-from jax_ds.deep_ep.api import MAX_INDEX, check_count, check_exchange, check_plan, together
+from jax_ds.deep_ep.api import MAX_INDEX, check_exchange, check_plan, together
 from jax_ds.deep_ep.in_flight import CombineInFlight, DispatchInFlight, UnderWay
 from jax_ds.deep_ep.plan import DispatchPlan, PlanSizes, valid_ids
 from jax_ds.deep_ep.route import FlatRoute
@@ -71,7 +78,7 @@ def low_latency_dispatch(
       ValueError, TypeError: for a shape, dtype, size or axis against these rules, or where
         differentiated.
     """
-    sizes = _check_dispatch(x, expert_ids, num_experts, max_tokens, axis_name, channel)
+    sizes = _check_dispatch(x, expert_ids, num_experts, max_tokens, axis_name, quantize, channel)
     x, expert_ids = inference_only(
         "low_latency_dispatch", *together(sizes.axis_name, x, expert_ids)
     )
@@ -120,7 +127,7 @@ def low_latency_dispatch_start(
     Raises:
       ValueError, TypeError: as `low_latency_dispatch`, and where two calls are under way already.
     """
-    sizes = _check_dispatch(x, expert_ids, num_experts, max_tokens, axis_name, channel)
+    sizes = _check_dispatch(x, expert_ids, num_experts, max_tokens, axis_name, quantize, channel)
     x, expert_ids = inference_only(
         "low_latency_dispatch", *together(sizes.axis_name, x, expert_ids)
     )
@@ -161,6 +168,7 @@ def low_latency_dispatch_finish(
 
     Raises:
       TypeError: if `in_flight` is something else.
+      ValueError: if it has been finished.
     """
     _check_in_flight(in_flight, DispatchInFlight)
     UnderWay("low_latency_dispatch", in_flight.sizes).remove(in_flight)
@@ -296,6 +304,7 @@ def low_latency_combine_finish(
 
     Raises:
       TypeError: if `in_flight` is something else.
+      ValueError: if it has been finished.
     """
     _check_in_flight(in_flight, CombineInFlight)
     UnderWay("low_latency_combine", in_flight.sizes).remove(in_flight)
@@ -325,11 +334,13 @@ def _check_dispatch(
     num_experts: int,
     max_tokens: int,
     axis_name: str | tuple[str, ...],
+    quantize: bool,
     channel: int,
 ) -> PlanSizes:
     check_dtype("x", x, jnp.bfloat16, jnp.float32)
     check_rank("x", x, 2)
-    check_count("max_tokens", max_tokens, 1)
+    check_integer("max_tokens", max_tokens, 1)
+    check_choice("quantize", quantize, (True, False))
     num_tokens = x.shape[0]
     check(
         num_tokens <= max_tokens,
@@ -361,6 +372,9 @@ def _check_combine(rows: Array, handle: DispatchPlan, weights: Array) -> PlanSiz
 
 def _unused(after: Any) -> tuple[Array, ...]:
     """Arrays that order a call: no gradient goes through them."""
+    for leaf in jax.tree.leaves(after):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"after: must hold arrays, got {type(leaf).__name__}")
     return tuple(jax.lax.stop_gradient(jnp.asarray(leaf)) for leaf in jax.tree.leaves(after))
 
 

@@ -31,6 +31,7 @@ from jax_ds._core.checks import (
     check,
     check_choice,
     check_dtype,
+    check_dtype_choice,
     check_integer,
     check_rank,
     check_shape,
@@ -162,8 +163,7 @@ def fp8_masked_gemm(
     check_choice("zero_tail", zero_tail, (True, False))
     expected = 0
     if expected_rows is not None:
-        expected = min(check_integer("expected_rows", expected_rows), lhs.shape[1])
-        check(expected_rows >= 1, "expected_rows", "must be at least 1", expected_rows)
+        expected = min(check_integer("expected_rows", expected_rows, 1), lhs.shape[1])
     dtype = _out_dtype(out_dtype)
     portable = functools.partial(xla.masked_gemm, out_dtype=dtype)
     cuda = functools.partial(
@@ -311,7 +311,4 @@ def _check_accumulate(
 
 
 def _out_dtype(out_dtype: DTypeLike) -> jnp.dtype:
-    dtype = jnp.dtype(out_dtype)
-    names = ("bfloat16", "float32")
-    check_choice("out_dtype", dtype.name, names)
-    return dtype
+    return check_dtype_choice("out_dtype", out_dtype, jnp.bfloat16, jnp.float32)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_ds._core.checks import check, check_choice
+from jax_ds._core.checks import check, check_choice, check_dtype_choice, check_integer
 from jax_ds._runtime import native
 from jax_ds.deep_gemm import tuned
 
@@ -44,15 +44,22 @@ def explain(
       memory, threads, clusters with work, and the times.
 
     Raises:
-      ValueError: for sizes or names against these rules.
+      ValueError, TypeError: for sizes or names against these rules.
       RuntimeError: where the native module is missing.
     """
-    check(0 < num_sms < 2**31, "num_sms", "must be between 1 and 2^31 - 1", num_sms)
+    check_size("num_sms", num_sms)
     p = checked_problem(m, n, k, mode, groups, out_dtype, expected_rows)
     table: str = native.module().explain_gemm(
         p.mode, p.output, p.m, p.n, p.k, p.groups, p.expected_rows, num_sms
     )
     return table
+
+
+def check_size(argument: str, size: int) -> None:
+    """Requires what the native module takes for a size."""
+    check(
+        0 < check_integer(argument, size) < 2**31, argument, "must be between 1 and 2^31 - 1", size
+    )
 
 
 def checked_problem(
@@ -70,13 +77,14 @@ def checked_problem(
     check_choice("accumulate", accumulate, (False, True) if mode == "wgrad" else (False,))
     if out_dtype is None:
         out_dtype = jnp.float32 if mode == "wgrad" else jnp.bfloat16
-    dtype = jnp.dtype(out_dtype)
-    check_choice("out_dtype", dtype.name, ("float32",) if accumulate else ("bfloat16", "float32"))
+    dtypes = (jnp.float32,) if accumulate else (jnp.bfloat16, jnp.float32)
+    dtype = check_dtype_choice("out_dtype", out_dtype, *dtypes)
     for name, size in {"m": m, "n": n, "k": k, "groups": groups}.items():
-        check(0 < size < 2**31, name, "must be between 1 and 2^31 - 1", size)
+        check_size(name, size)
     check(groups <= 512, "groups", "must be at most 512", groups)
     check(mode != "dense" or groups == 1, "groups", "must be 1 for dense products", groups)
     if expected_rows is not None:
         check(mode == "masked", "expected_rows", "must be None but for masked", expected_rows)
+        check_integer("expected_rows", expected_rows)
         check(1 <= expected_rows <= m, "expected_rows", "must be between 1 and m", expected_rows)
     return tuned.Problem(mode, dtype.name, accumulate, m, n, k, groups, expected_rows or 0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_ds._core.checks import check
+from jax_ds._core.checks import check, check_integer
 from jax_ds._runtime import native, profile
 from jax_ds.deep_gemm import ffi, tuned
 from jax_ds.deep_gemm.explain import checked_problem
@@ -53,7 +53,7 @@ def tune(
       Microseconds by configuration, the best first.
 
     Raises:
-      ValueError: for sizes or names against these rules.
+      ValueError, TypeError: for sizes or names against these rules.
       RuntimeError: where no kernel can run.
     """
     problem = checked_problem(m, n, k, mode, groups, out_dtype, expected_rows, accumulate)
@@ -83,7 +83,11 @@ def _sizes(problem: tuned.Problem, group_sizes: Sequence[int] | None) -> list[in
         return [problem.k // 128 // problem.groups * 128] * problem.groups
     rule = f"must be {problem.groups} sizes"
     check(len(group_sizes) == problem.groups, "group_sizes", rule, len(group_sizes))
-    return list(group_sizes)
+    sizes = [check_integer("group_sizes", size, 0) for size in group_sizes]
+    room = {"grouped": problem.m, "wgrad": problem.k}.get(problem.mode)
+    if room is not None:
+        check(sum(sizes) <= room, "group_sizes", f"must add up to at most {room}", sum(sizes))
+    return sizes
 
 
 def _operands(problem: tuned.Problem, sizes: list[int] | None) -> list[tuple[Any, ...]]:

@@ -100,13 +100,7 @@ def decode(
     check_cache(kv_pages, page_table, seq_lens, batch)
     check_shape("kv_pages", kv_pages, (None, None, width), "P L D")
     check_same_dtype("kv_pages", kv_pages, "q", q)
-    value_dim = check_integer("value_dim", value_dim)
-    check(
-        1 <= value_dim <= width,
-        "value_dim",
-        f"must be an integer from 1 to D = {width}",
-        value_dim,
-    )
+    value_dim = _check_value_dim(value_dim, width)
     check_choice("causal", causal, (True, False))
     check_choice("return_lse", return_lse, (True, False))
     config = DecodeConfig(
@@ -139,10 +133,12 @@ def explain(
       A sentence for people; its wording may change.
 
     Raises:
-      ValueError: q or kv_pages of wrong rank.
+      ValueError, TypeError: q or kv_pages of wrong rank, a keyword as in `decode`.
     """
     check_rank("q", q, 4)
     check_rank("kv_pages", kv_pages, 3)
+    _check_value_dim(value_dim, kv_pages.shape[2])
+    check_choice("implementation", implementation, (None, "xla", "cuda"))
     reason = ffi.decode_unsupported(kv_pages, value_dim)
     if implementation == "xla" or reason is not None:
         return f"portable implementation: {reason or 'asked for'}"
@@ -276,6 +272,13 @@ def prefill(
     operands = PrefillOperands(q, k, v, k_rope, cu_seqlens_q, cu_seqlens_k)
     out, lse = vjp.prefill(_PREFILL, config, operands)
     return (out, lse) if return_lse else out
+
+
+def _check_value_dim(value_dim: int, width: int) -> int:
+    value_dim = check_integer("value_dim", value_dim)
+    rule = f"must be an integer from 1 to D = {width}"
+    check(1 <= value_dim <= width, "value_dim", rule, value_dim)
+    return value_dim
 
 
 def _decode_forward(config: DecodeConfig, *operands: Any) -> Any:

@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Literal
 
-from jax_ds._core.checks import check, check_choice
+from jax_ds._core.checks import check, check_choice, check_integer, check_number
 from jax_ds._runtime.choose import Implementation
+from jax_ds.moe.gate import check_gate
 
 LATENT = 512  # compressed keys and values of one token
 ROPE = 64  # rotary part, shared by all heads
@@ -13,6 +14,19 @@ VALUE = 128  # a head's value
 CACHE_WIDTH = LATENT + ROPE
 PAGE_SIZE = 64
 SOFTMAX_SCALE = (NOPE + ROPE) ** -0.5
+
+_COUNTS = (
+    "vocab",
+    "hidden",
+    "num_layers",
+    "num_heads",
+    "dense_ffn",
+    "num_experts",
+    "top_k",
+    "num_groups",
+    "top_groups",
+    "expert_ffn",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +52,9 @@ class ModelConfig:
       unroll: write the layers out instead of scanning over them: larger programs, no stacked
         activations, which XLA's CPU backend copies.
       implementation: as everywhere in jax_ds.
+
+    Raises:
+      ValueError, TypeError: a size, count or choice against these rules.
     """
 
     axis_name: str | tuple[str, ...] = "ep"
@@ -65,12 +82,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("fp8", "bf16"))
+        check_choice("implementation", self.implementation, (None, "xla", "cuda"))
+        for name in _COUNTS:
+            check_integer(name, getattr(self, name), 1)
+        for name in ("num_dense_layers", "shared_ffn"):
+            check_integer(name, getattr(self, name), 0)
+        if self.q_lora is not None:
+            check_integer("q_lora", self.q_lora, 1)
+        for name in ("routed_scaling", "rope_theta", "norm_eps"):
+            check_number(name, getattr(self, name), positive=True)
+        if self.capacity_factor is not None:
+            check_number("capacity_factor", self.capacity_factor, positive=True)
         check(
             0 <= self.num_dense_layers < self.num_layers,
             "num_dense_layers",
             f"must lie between 0 and num_layers - 1 = {self.num_layers - 1}",
             self.num_dense_layers,
         )
+        check_gate(self.num_experts, self.top_k, self.num_groups, self.top_groups, k_name="top_k")
 
     @property
     def num_moe_layers(self) -> int:

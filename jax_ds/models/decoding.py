@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from jax_ds import flash_mla, quantization
+from jax_ds._core.checks import check_integer
 from jax_ds._runtime.varying import to_varying, varying_axes
+from jax_ds.models.checks import check_cache
 from jax_ds.models.config import (
     CACHE_WIDTH,
     LATENT,
@@ -32,7 +34,11 @@ def empty_pages(config: ModelConfig, pages: int) -> BFloat16[Array, "L*P 64 576"
 
     One pool that the scan over layers carries is updated in place; a pool per layer would be
     copied once per step. Layer l's pages start at l * pages.
+
+    Raises:
+      ValueError, TypeError: unless `pages` is an integer of 1 or more.
     """
+    check_integer("pages", pages, 1)
     return jnp.zeros((config.num_layers * pages, PAGE_SIZE, CACHE_WIDTH), jnp.bfloat16)
 
 
@@ -104,6 +110,9 @@ def decode_step(
 
     Returns:
       logits float32 [B, vocab], and the pool with the new tokens appended.
+
+    Raises:
+      ValueError, TypeError: for a shape or dtype against these rules, and as `moe_layer`.
     """
     return _step(config, params, pages, tokens, page_table, seq_lens, _absorbed)
 
@@ -120,7 +129,8 @@ def prefill_step(
 
     Keys and values of the past and of the chunk are expanded from the cache, one layer at a time,
     which takes memory for B * N * 64 of them but needs 3.4 times less arithmetic for each pair of
-    tokens. `decode_step` goes on from the cache that it leaves.
+    tokens. `decode_step` goes on from the cache that it leaves. Arguments and errors are those of
+    `decode_step`.
     """
     return _step(config, params, pages, tokens, page_table, seq_lens, _expanded)
 
@@ -134,6 +144,7 @@ def _step(
     seq_lens: Array,
     attend: _Attend,
 ) -> tuple[Array, Array]:
+    check_cache(config, pages, tokens, page_table, seq_lens)
     per_layer = pages.shape[0] // config.num_layers
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = seq_lens[:, None] - tokens.shape[1] + steps[None, :]

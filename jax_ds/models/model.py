@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from jax_ds._runtime.varying import to_varying, varying_axes
+from jax_ds.models.checks import check_tokens
 from jax_ds.models.config import ModelConfig
 from jax_ds.models.layers import attention, mlp, rms_norm
 from jax_ds.models.params import LayerParams, MLPParams, ModelParams
@@ -26,7 +27,11 @@ def forward(
 
     Returns:
       logits float32 [B, S, vocab], and `MoEStats` stacked over the MoE layers ([L, E] and [L]).
+
+    Raises:
+      ValueError, TypeError: for tokens of another shape or dtype, and as `moe_layer`.
     """
+    check_tokens(tokens)
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (batch, length))
 

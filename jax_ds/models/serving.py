@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_ds._core.checks import check
+from jax_ds._core.checks import check, check_integer, check_number
+from jax_ds.models.checks import check_mesh
 from jax_ds.models.config import PAGE_SIZE, ModelConfig
 from jax_ds.models.decoding import (
     decode_step,
@@ -88,6 +89,11 @@ class Engine:
       chunk: how many tokens of a prompt are fed at once.
       temperature: 0 takes the likeliest token. Sampling depends on the seed, the request and the
         position, not on what else is in the batch.
+      seed: of the sampling.
+
+    Raises:
+      ValueError, TypeError: a number or a mesh against these rules; `submit`, for a request that
+        can never be served.
     """
 
     def __init__(
@@ -103,7 +109,13 @@ class Engine:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
+        check_mesh(config, mesh)
+        sizes = {"slots": slots, "pages": pages, "max_len": max_len, "chunk": chunk}
+        for name, size in sizes.items():
+            check_integer(name, size, 1)
+        check_number("temperature", temperature)
         self._mesh = mesh
+        self._vocab = config.vocab
         self._slots: list[_Slot | None] = [None] * (slots * mesh.size)
         self._per_device = slots
         self._pools = [PagePool(pages) for _ in range(mesh.size)]
@@ -137,8 +149,12 @@ class Engine:
 
     def submit(self, request: Request) -> Completion:
         """Queues a request; its completion fills up while `step` is called."""
-        length = len(request.prompt) + request.max_new_tokens
         check(len(request.prompt) >= 1, "request.prompt", "must not be empty", "no tokens")
+        for token in request.prompt:
+            known = 0 <= check_integer("request.prompt", token) < self._vocab
+            check(known, "request.prompt", f"tokens must lie in [0, {self._vocab})", token)
+        check_integer("request.max_new_tokens", request.max_new_tokens, 1)
+        length = len(request.prompt) + request.max_new_tokens
         check(length <= self._max_len, "request", f"must fit max_len = {self._max_len}", length)
         completion = Completion(request, [])
         slot = _Slot(self._submitted, completion)

@@ -1,7 +1,6 @@
 """Training: loss, gradients over the mesh, AdamW, and the balancing of the experts."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,8 +11,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
-from jax_ds._core.checks import axis_names, check
+from jax_ds._core.checks import check_integer, check_number
 from jax_ds._runtime.varying import to_varying
+from jax_ds.models.checks import check_mesh, check_tokens
 from jax_ds.models.config import ModelConfig
 from jax_ds.models.model import forward
 from jax_ds.models.params import ModelParams, init_params, param_specs
@@ -22,7 +22,19 @@ from jax_ds.moe import MoEParams, update_bias
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """AdamW with linear warm-up and a cosine to a tenth, and the speed of expert balancing."""
+    """AdamW with linear warm-up and a cosine to a tenth, and the speed of expert balancing.
+
+    Attributes:
+      steps: of the whole run; the cosine ends there.
+      peak_rate: the learning rate after the warm-up.
+      warmup: steps of the warm-up, at most half of `steps`.
+      weight_decay: of matrices; not of norms, the router or its bias.
+      clip_norm: the longest gradient; longer ones are shortened to it.
+      bias_rate: as `rate` in `jax_ds.moe.update_bias`.
+
+    Raises:
+      ValueError, TypeError: a number that is negative, or no number; `steps` or `clip_norm` of 0.
+    """
 
     steps: int
     peak_rate: float = 3e-3
@@ -30,6 +42,13 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     bias_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps, 1)
+        check_integer("warmup", self.warmup, 0)
+        check_number("clip_norm", self.clip_norm, positive=True)
+        for name in ("peak_rate", "weight_decay", "bias_rate"):
+            check_number(name, getattr(self, name))
 
     def optimizer(self) -> optax.GradientTransformation:
         """Element-wise only (the norm is clipped before), so it runs on sharded leaves."""
@@ -59,9 +78,9 @@ def init_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, seed: int) ->
     """The state before the first step, placed on `mesh`; the same on any mesh for a seed.
 
     Raises:
-      ValueError: where `mesh` lacks the model's axes, or they do not divide its experts.
+      ValueError: where `mesh` has other axes than the model's, or they do not divide its experts.
     """
-    _check_mesh(model, mesh)
+    check_mesh(model, mesh)
 
     def build() -> TrainState:
         params = init_params(model, jax.random.key(seed))
@@ -70,15 +89,6 @@ def init_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, seed: int) ->
     specs = state_specs(model, train)
     placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     return jax.jit(build, out_shardings=placed)()
-
-
-def _check_mesh(model: ModelConfig, mesh: Mesh) -> None:
-    axes = axis_names(model.axis_name)
-    known = set(axes) <= set(mesh.axis_names)
-    check(known, "axis_name", f"must name axes of the mesh {mesh.axis_names}", model.axis_name)
-    ranks = math.prod(mesh.shape[axis] for axis in axes)
-    rule = f"must be a multiple of the {ranks} ranks of axis_name"
-    check(model.num_experts % ranks == 0, "num_experts", rule, model.num_experts)
 
 
 def state_specs(model: ModelConfig, train: TrainConfig) -> TrainState:
@@ -103,11 +113,17 @@ def make_train_step(
     """The jitted step `(state, tokens) -> (state, metrics)`; it donates the state.
 
     `tokens` int32 [B, S + 1] is the global batch, split over all devices of `mesh`.
+
+    Raises:
+      ValueError: as `init_state`; the step, where `tokens` break the rule.
+      TypeError: the step, for tokens of another dtype.
     """
+    check_mesh(model, mesh)
     specs = state_specs(model, train)
     axes = mesh.axis_names
 
     def step(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
+        check_tokens(tokens, "B S+1", 2)
         local = to_varying(state.params, axes)
         total = mesh.size * tokens.shape[0] * (tokens.shape[1] - 1)
 
@@ -140,11 +156,16 @@ def make_train_step(
 def make_eval_step(
     model: ModelConfig, mesh: Mesh
 ) -> Callable[[ModelParams, Int32[Array, "B S+1"]], Float32[Array, ""]]:
-    """The jitted mean loss `(params, tokens) -> nats per token`, without dropping."""
+    """The jitted mean loss `(params, tokens) -> nats per token`, without dropping.
+
+    `tokens` and errors as in `make_train_step`.
+    """
+    check_mesh(model, mesh)
     model = dataclasses.replace(model, capacity_factor=None)
     specs = param_specs(model, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
 
     def evaluate(params: ModelParams, tokens: Array) -> Array:
+        check_tokens(tokens, "B S+1", 2)
         value, _ = _summed_loss(model, to_varying(params, mesh.axis_names), tokens)
         total = mesh.size * tokens.shape[0] * (tokens.shape[1] - 1)
         return jax.lax.psum(value, mesh.axis_names) / total

@@ -13,6 +13,7 @@ from jax_ds._core.checks import (
     check_axis,
     check_choice,
     check_dtype,
+    check_number,
     check_rank,
     check_shape,
 )
@@ -106,6 +107,7 @@ def moe_layer(
 
     Source: DeepSeek-V3 technical report, sections 2.1.2, 3.2 and 3.3 (arXiv:2412.19437).
     """
+    check_choice("low_latency", low_latency, (True, False))
     _check_layer(x, params, axis_name, capacity_factor, precision)
     _check_quantized(params, precision, low_latency)
     num_experts = params.router.shape[0]
@@ -215,12 +217,8 @@ def _check_layer(
     check(width % 2 == 0, "params.gate_up", "gate and up must have the same width", width)
     check_shape("params.down", params.down, (local, hidden, width // 2), "E_local H F")
     _check_shared(params, hidden)
-    check(
-        capacity_factor is None or capacity_factor > 0,
-        "capacity_factor",
-        "must be positive",
-        capacity_factor,
-    )
+    if capacity_factor is not None:
+        check_number("capacity_factor", capacity_factor, positive=True)
 
 
 def _check_dtypes(params: MoEParams) -> None:
@@ -229,7 +227,10 @@ def _check_dtypes(params: MoEParams) -> None:
     for name, value in params._asdict().items():
         if name in ("router", "bias"):
             check_dtype(f"params.{name}", value, jnp.float32)
-        elif value is not None and not isinstance(value, Quantized):
+        elif isinstance(value, Quantized):
+            square = value.block == (128, 128) or value.shape[-2] == 1
+            check(square, f"params.{name}", "must come from quantize_128x128", "blocks of 1x128")
+        elif value is not None or not name.startswith("shared_"):
             check_dtype(f"params.{name}", value, jnp.bfloat16, jnp.float32)
 
 
@@ -246,8 +247,8 @@ def _check_shared(params: MoEParams, hidden: int) -> None:
 
 
 def _check_quantized(params: MoEParams, precision: Precision, low_latency: bool) -> None:
-    for name in ("gate_up", "down"):
-        if isinstance(getattr(params, name), Quantized):
+    for name, value in params._asdict().items():
+        if isinstance(value, Quantized):
             rule = "may be Quantized with precision='fp8' and low_latency=True only"
             got = f"precision={precision!r}, low_latency={low_latency}"
             check(precision == "fp8" and low_latency, f"params.{name}", rule, got)

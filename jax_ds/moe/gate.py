@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_ds._core.checks import check, check_dtype, check_integer, check_rank, check_shape
+from jax_ds._core.checks import (
+    check,
+    check_dtype,
+    check_integer,
+    check_number,
+    check_rank,
+    check_shape,
+)
 from jax_ds._runtime.choose import Implementation, choose
 
 
@@ -50,24 +57,9 @@ def group_limited_topk(
     check_dtype("logits", logits, jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
     check_dtype("bias", bias, jnp.float32)
     check_rank("logits", logits, 2)
-    for name, count in (("k", k), ("num_groups", num_groups), ("top_groups", top_groups)):
-        check_integer(name, count)
-    experts = logits.shape[1]
-    check_shape("bias", bias, (experts,), "E")
-    check(
-        num_groups >= 1 and experts % num_groups == 0,
-        "num_groups",
-        f"must divide the {experts} experts",
-        num_groups,
-    )
-    check(
-        1 <= top_groups <= num_groups,
-        "top_groups",
-        f"must lie between 1 and num_groups = {num_groups}",
-        top_groups,
-    )
-    reachable = top_groups * (experts // num_groups)
-    check(1 <= k <= reachable, "k", f"must lie between 1 and the {reachable} reachable experts", k)
+    check_shape("bias", bias, (logits.shape[1],), "E")
+    check_gate(logits.shape[1], k, num_groups, top_groups)
+    check_number("routed_scaling", routed_scaling, positive=True)
 
     def portable(
         logits: Float[Array, "T E"], bias: Float32[Array, " E"]
@@ -78,6 +70,19 @@ def group_limited_topk(
         "group_limited_topk", implementation, (logits, bias), xla=portable, cuda=None
     )
     return chosen
+
+
+def check_gate(experts: int, k: int, num_groups: int, top_groups: int, k_name: str = "k") -> None:
+    """Requires counts that leave k experts to choose from."""
+    for name, count in ((k_name, k), ("num_groups", num_groups), ("top_groups", top_groups)):
+        check_integer(name, count)
+    divides = num_groups >= 1 and experts % num_groups == 0
+    check(divides, "num_groups", f"must divide the {experts} experts", num_groups)
+    rule = f"must lie between 1 and num_groups = {num_groups}"
+    check(1 <= top_groups <= num_groups, "top_groups", rule, top_groups)
+    reachable = top_groups * (experts // num_groups)
+    rule = f"must lie between 1 and the {reachable} reachable experts"
+    check(1 <= k <= reachable, k_name, rule, k)
 
 
 def _topk(
@@ -115,10 +120,20 @@ def update_bias(
     Args:
       bias: [..., E] float32, leading dimensions for layers.
       load: [..., E] int32, tokens routed to each expert during the step.
-      rate: the bias update speed (gamma in the report, 0.001 there).
+      rate: the bias update speed (gamma in the report, 0.001 there), a number or a float32 scalar.
+
+    Returns:
+      The new bias, of the shape of `bias`.
+
+    Raises:
+      ValueError, TypeError: a shape or dtype breaks a rule above.
 
     Source: DeepSeek-V3 technical report, section 2.1.2.
     """
+    check_dtype("bias", bias, jnp.float32)
+    check_dtype("load", load, jnp.int32)
+    if not hasattr(rate, "dtype"):  # a schedule may compute it
+        check_number("rate", rate)
     check_shape("load", load, bias.shape, "*B E")
     counts = load.astype(jnp.float32)
     return bias + rate * jnp.sign(counts.mean(-1, keepdims=True) - counts)

@@ -93,6 +93,35 @@ def test_integer() -> None:
     for value in (3.0, "3", True, None):
         said = _message(TypeError, checks.check_integer, "k", value)
         assert said == f"k: must be a static integer, got {value!r}"
+    assert checks.check_integer("k", 0, 0) == 0
+    said = _message(ValueError, checks.check_integer, "k", -1, 0)
+    assert said == "k: must be at least 0, got -1"
+
+
+def test_number() -> None:
+    for half in (0.5, np.float32(0.5)):
+        assert type(checks.check_number("f", half)) is float
+    assert checks.check_number("f", 0) == 0.0
+    for value in ("1", True, None, jnp.float32(1)):
+        said = _message(TypeError, checks.check_number, "f", value)
+        assert said == f"f: must be a static number, got {value!r}"
+    for value in (-1, float("nan"), float("inf")):
+        said = _message(ValueError, checks.check_number, "f", value)
+        assert said == f"f: must be finite and not negative, got {value}"
+    with pytest.raises(ValueError, match="f: must be positive and finite, got 0"):
+        checks.check_number("f", 0, positive=True)
+
+
+def test_a_keyword_of_arrays_is_no_choice() -> None:
+    assert checks.check_dtype_choice("d", "float32", jnp.bfloat16, jnp.float32) == jnp.float32
+    for name in (None, "fp8", jnp.int32):
+        with pytest.raises(ValueError, match="d: must be one of 'bfloat16', got"):
+            checks.check_dtype_choice("d", name, jnp.bfloat16)
+    for value in (np.array([True, False]), jnp.array(True)):
+        with pytest.raises(ValueError, match="c: must be one of True, False, got"):
+            checks.check_choice("c", value, (True, False))
+    with pytest.raises(ValueError, match=r"c: must be one of True, False, got .*bool\[\]"):
+        jax.jit(lambda c: checks.check_choice("c", c, (True, False)))(True)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,16 @@ def _low(x: Array, ids: Array, **changes: Any) -> Any:
     return deep_ep.low_latency_dispatch(x, ids, **static)
 
 
+def _start(x: Array, ids: Array) -> deep_ep.DispatchInFlight:
+    return deep_ep.low_latency_dispatch_start(x, ids, num_experts=E, axis_name="ep", max_tokens=T)
+
+
+def _finish_twice(x: Array, ids: Array) -> None:
+    in_flight = _start(x, ids)
+    for _ in range(2):
+        deep_ep.low_latency_dispatch_finish(in_flight)
+
+
 def _quantized(x: Array, columns: int = 1) -> Quantized:
     return Quantized(x.astype(jnp.float8_e4m3fn), jnp.ones((x.shape[0], columns)))
 
@@ -232,10 +242,20 @@ CASES: dict[str, tuple[Callable[[Array, Array], Any], str]] = {
         "in_flight: must be a DispatchInFlight, got int",
     ),
     "the other in flight": (
-        lambda x, ids: deep_ep.low_latency_combine_finish(
-            deep_ep.low_latency_dispatch_start(x, ids, num_experts=E, axis_name="ep", max_tokens=T)
-        ),
+        lambda x, ids: deep_ep.low_latency_combine_finish(_start(x, ids)),  # type: ignore[arg-type]
         "in_flight: must be a CombineInFlight, got DispatchInFlight",
+    ),
+    "finished twice": (
+        _finish_twice,
+        "in_flight: can be finished once, got one that has been",
+    ),
+    "text to wait for": (
+        lambda x, ids: _low(x, ids, after="x"),
+        "after: must hold arrays, got str",
+    ),
+    "quantize": (
+        lambda x, ids: _low(x, ids, quantize="no"),
+        "quantize: must be one of True, False, got 'no'",
     ),
     "low-latency gradient": (
         lambda x, ids: jax.grad(lambda x: jnp.sum(_low(x, ids, quantize=False)[0]))(x),
@@ -245,6 +265,10 @@ CASES: dict[str, tuple[Callable[[Array, Array], Any], str]] = {
     "buffer_bytes": (
         lambda x, ids: deep_ep.buffer_bytes(num_tokens=8, hidden=0, num_ranks=8),
         "hidden: must be at least 1, got 0",
+    ),
+    "buffer_bytes of a dtype that does not travel": (
+        lambda x, ids: deep_ep.buffer_bytes(num_tokens=8, hidden=8, num_ranks=8, dtype="fp8"),
+        "dtype: must be one of 'bfloat16', 'float32', 'float8_e4m3fn', got 'fp8'",
     ),
     "buffer_bytes of a fraction": (
         lambda x, ids: deep_ep.buffer_bytes(num_tokens=1.5, hidden=8, num_ranks=8),
@@ -272,3 +296,14 @@ def test_outside_shard_map() -> None:
         deep_ep.dispatch(jnp.zeros((T, H)), plans[0])
     rule = "plan.axis_name: must name axes of the enclosing jax.shard_map, got ('ep',)"
     assert str(error.value) == rule
+
+
+def test_each_branch_of_a_conditional_may_finish_a_call() -> None:
+    def finish(in_flight: deep_ep.DispatchInFlight) -> Array:
+        return deep_ep.low_latency_dispatch_finish(in_flight)[1]
+
+    def both(x: Array, ids: Array) -> None:
+        in_flight = _start(x, ids)
+        jax.lax.cond(jnp.sum(ids) > 0, lambda: finish(in_flight), lambda: finish(in_flight) + 1)
+
+    _trace(both)

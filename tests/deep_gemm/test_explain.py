@@ -60,8 +60,11 @@ def test_calls_tell_the_rows_expected(expected: int | None, told: int) -> None:
         ((8, 8, 16), {"out_dtype": "float16"}, "out_dtype: .*float16"),
         ((8, 8, 16), {"expected_rows": 8}, "expected_rows: must be None but for masked, got 8"),
         ((8, 8, 16), {"mode": "grouped", "groups": 513}, "groups: must be at most 512, got 513"),
+        ((8, 8, 16.0), {}, "k: must be a static integer, got 16.0"),
+        ((8, 8, 16), {"num_sms": 1.5}, "num_sms: must be a static integer, got 1.5"),
+        ((8, 8, 16), {"out_dtype": "bf16"}, "out_dtype: must be one of .* got 'bf16'"),
     ],
 )
 def test_errors(sizes: tuple[int, int, int], keywords: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         deep_gemm.explain(*sizes, **keywords)

@@ -66,6 +66,10 @@ def test_a_file_that_does_not_fit_is_an_error(
         ({"mode": "wgrad", "k": 144}, "k: must be whole blocks of 128 tokens, got 144"),
         ({"groups": 2}, "groups: must be 1 for dense products, got 2"),
         ({"mode": "grouped", "groups": 2, "group_sizes": [3]}, "group_sizes: must be 2 sizes"),
+        (
+            {"mode": "grouped", "groups": 2, "group_sizes": [-1, 3]},
+            "group_sizes: must be at least 0, got -1",
+        ),
         ({"group_sizes": [3]}, "group_sizes: must be None for dense products"),
         ({"accumulate": True}, "accumulate: .*True"),
     ],

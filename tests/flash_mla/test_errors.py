@@ -42,7 +42,7 @@ PACKED = {
     "cu_seqlens_q": _ints(3),
     "cu_seqlens_k": _ints(3),
 }
-FLOATS = "dtype must be bfloat16 or float16 or float32"
+FLOATS = "dtype must be bfloat16, float16 or float32"
 
 
 @pytest.mark.parametrize(

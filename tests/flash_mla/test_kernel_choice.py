@@ -53,9 +53,14 @@ def test_explain(
     assert all(word in said for word in words), said
 
 
-def test_explain_checks_ranks() -> None:
+def test_explain_checks_its_arguments() -> None:
     with pytest.raises(ValueError, match="q: "):
         flash_mla.explain(_array(8, 128, 576), _array(9, 64, 576))
+    q, pages = _array(8, 1, 128, 576), _array(9, 64, 576)
+    with pytest.raises(ValueError, match="value_dim: must be an integer from 1 to D = 576, got 0"):
+        flash_mla.explain(q, pages, value_dim=0)
+    with pytest.raises(ValueError, match="implementation: must be one of"):
+        flash_mla.explain(q, pages, implementation="pallas")  # type: ignore[arg-type]
 
 
 def _lowered(function, *operands: jax.ShapeDtypeStruct) -> str:  # type: ignore[no-untyped-def]

@@ -104,3 +104,33 @@ def test_decoding_equals_forward(name: str) -> None:
 
 def _error(ours: Any, theirs: Any) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": (2,)}, "tokens: must have 2 dimensions, got shape [2]"),
+        ({"seq_lens": (3,)}, "seq_lens: must have shape [B] = [2], got [3]"),
+        ({"page_table": (3, 4)}, "page_table: must have shape [B N] = [2, *], got [3, 4]"),
+        (
+            {"pages": (6, 32, 576)},
+            "pages: must have shape [L*P 64 576] = [*, 64, 576], got [6, 32, 576]",
+        ),
+        (
+            {"pages": (7, 64, 576)},
+            "pages: must have as many pages for each of the 3 layers, got 7",
+        ),
+    ],
+)
+def test_errors(change: dict[str, Any], message: str) -> None:
+    shapes = {"pages": (6, 64, 576), "tokens": (2, 1), "page_table": (2, 4), "seq_lens": (2,)}
+    operands = {
+        name: jax.ShapeDtypeStruct(shape, jnp.bfloat16 if name == "pages" else jnp.int32)
+        for name, shape in (shapes | change).items()
+    }
+    for step in (models.decode_step, models.prefill_step):
+        with pytest.raises(ValueError) as error:
+            jax.eval_shape(lambda x, step=step: step(TINY, None, **x), operands)
+        assert str(error.value) == message
+    with pytest.raises(ValueError, match="pages: must be at least 1, got 0"):
+        models.empty_pages(TINY, 0)

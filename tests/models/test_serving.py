@@ -92,12 +92,22 @@ def test_errors(model: dict[str, Any]) -> None:
         (models.Request((), 3), "request.prompt: must not be empty, got no tokens"),
         (models.Request((1,) * 70, 11), "request: must fit max_len = 80, got 81"),
         (models.Request((1,) * 60, 6), "request: must fit the 1 pages, got 2"),
+        (models.Request((1,), 0), "request.max_new_tokens: must be at least 1, got 0"),
+        (models.Request((1, 64), 3), "request.prompt: tokens must lie in [0, 64), got 64"),
     ]:
         with pytest.raises(ValueError) as error:
             engine.submit(request)
         assert str(error.value) == message
     assert not engine.busy
     assert engine.step() == 0
+    for keywords, message in [
+        ({"slots": 0}, "slots: must be at least 1, got 0"),
+        ({"chunk": 0}, "chunk: must be at least 1, got 0"),
+        ({"temperature": -0.5}, "temperature: must be finite and not negative, got -0.5"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            models.Engine(**model, **keywords)
+        assert str(error.value) == message
 
 
 def test_page_pool() -> None:

@@ -137,7 +137,7 @@ def test_weight_decay_spares_norms_router_and_bias() -> None:
     [
         (
             {"axis_name": "rank"},
-            "axis_name: must name axes of the mesh ('ep',), got rank",
+            "axis_name: must name the axes of the mesh, ('ep',), got 'rank'",
         ),
         (
             {"num_experts": 12},
@@ -147,8 +147,47 @@ def test_weight_decay_spares_norms_router_and_bias() -> None:
 )
 def test_mesh_errors(changes: dict[str, Any], message: str) -> None:
     mesh, _ = tiny.mesh(8)
-    with pytest.raises(ValueError) as error:
-        models.init_state(tiny.config(**changes), tiny.TRAIN, mesh, seed=0)
+    config = tiny.config(**changes)
+    for make in (
+        lambda: models.init_state(config, tiny.TRAIN, mesh, seed=0),
+        lambda: models.make_train_step(config, tiny.TRAIN, mesh),
+        lambda: models.make_eval_step(config, mesh),
+    ):
+        with pytest.raises(ValueError) as error:
+            make()
+        assert str(error.value) == message
+
+
+def test_a_mesh_has_no_other_axes() -> None:
+    mesh = jax.make_mesh((2, 4), ("data", "ep"), devices=jax.devices()[:8])
+    with pytest.raises(ValueError, match=r"axes of the mesh, \('data', 'ep'\), got 'ep'"):
+        models.make_train_step(tiny.config(), tiny.TRAIN, mesh)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((16,), np.int32, "tokens: must have 2 dimensions, got shape [2]"),
+        ((8, 9), np.float32, "tokens: dtype must be int32, got float32"),
+        (
+            (8, 1),
+            np.int32,
+            "tokens: must have shape [B S+1] with 2 or more in a row, got [1, 1]",
+        ),
+    ],
+)
+def test_token_errors(shape: tuple[int, ...], dtype: Any, message: str) -> None:
+    mesh, axis = tiny.mesh(8)
+    config = tiny.config()
+
+    def placed(shape: tuple[int, ...], dtype: Any, spec: jax.P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    params = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
+    specs = models.param_specs(config, params)
+    params = jax.tree.map(lambda p, spec: placed(p.shape, p.dtype, spec), params, specs)
+    with pytest.raises((ValueError, TypeError)) as error:
+        models.make_eval_step(config, mesh).trace(params, placed(shape, dtype, jax.P(axis)))
     assert str(error.value) == message
 
 
@@ -160,9 +199,35 @@ def test_mesh_errors(changes: dict[str, Any], message: str) -> None:
             {"num_dense_layers": 2},
             "num_dense_layers: must lie between 0 and num_layers - 1 = 1, got 2",
         ),
+        ({"hidden": 0}, "hidden: must be at least 1, got 0"),
+        ({"shared_ffn": -1}, "shared_ffn: must be at least 0, got -1"),
+        ({"q_lora": 0}, "q_lora: must be at least 1, got 0"),
+        ({"rope_theta": 0.0}, "rope_theta: must be positive and finite, got 0.0"),
+        ({"capacity_factor": -1.0}, "capacity_factor: must be positive and finite, got -1.0"),
+        ({"num_groups": 3}, "num_groups: must divide the 8 experts, got 3"),
+        ({"top_k": 5}, "top_k: must lie between 1 and the 4 reachable experts, got 5"),
+        (
+            {"implementation": "jax"},
+            "implementation: must be one of None, 'xla', 'cuda', got 'jax'",
+        ),
     ],
 )
 def test_config_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         tiny.config(**changes)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps: must be at least 1, got 0"),
+        ({"steps": 1.5}, TypeError, "steps: must be a static integer, got 1.5"),
+        ({"clip_norm": 0.0}, ValueError, "clip_norm: must be positive and finite, got 0.0"),
+        ({"peak_rate": -1}, ValueError, "peak_rate: must be finite and not negative, got -1"),
+    ],
+)
+def test_train_config_errors(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as error:
+        models.TrainConfig(**({"steps": 8} | changes))
     assert str(error.value) == message

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_ds.moe import MoEParams, moe_layer
-from jax_ds.quantization import quantize_128x128
+from jax_ds.quantization import quantize_1x128, quantize_128x128
 
 HIDDEN, FFN, EXPERTS = 32, 16, 8
 
@@ -89,7 +89,33 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no capacity": (
         lambda: _trace(capacity_factor=0.0),
-        "capacity_factor: must be positive, got 0.0",
+        "capacity_factor: must be positive and finite, got 0.0",
+    ),
+    "a capacity that is text": (
+        lambda: _trace(capacity_factor="1.25"),
+        "capacity_factor: must be a static number, got '1.25'",
+    ),
+    "no experts": (
+        lambda: _trace(_params(down=None)),
+        "params.down: must be an array, got NoneType",
+    ),
+    "quantized weights in bfloat16 products": (
+        lambda: _trace(
+            _params(
+                shared_gate_up=quantize_128x128(jnp.zeros((2 * FFN, HIDDEN))),
+                shared_down=quantize_128x128(jnp.zeros((HIDDEN, FFN))),
+            ),
+            precision="bf16",
+            low_latency=True,
+        ),
+        "params.shared_gate_up: may be Quantized with precision='fp8' and low_latency=True only, "
+        "got precision='bf16', low_latency=True",
+    ),
+    "weights quantized like activations": (
+        lambda: _trace(
+            _params(gate_up=quantize_1x128(jnp.zeros((4, 2 * FFN, HIDDEN)))), low_latency=True
+        ),
+        "params.gate_up: must come from quantize_128x128, got blocks of 1x128",
     ),
     "unknown precision": (
         lambda: _trace(precision="fp4"),
@@ -127,7 +153,7 @@ def _trace_valid(valid: Any) -> None:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_message(name: str) -> None:
     run, message = MISTAKES[name]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, TypeError)) as error:
         run()
     assert str(error.value) == message
 

@@ -140,6 +140,7 @@ def test_balancing_evens_out_the_load() -> None:
         ({"k": 9}, "k: must lie between 1 and the 8 reachable experts, got 9"),
         ({"logits": jnp.zeros(16)}, "logits: must have 2 dimensions, got shape [16]"),
         ({"bias": jnp.zeros(4)}, "bias: must have shape [E] = [16], got [4]"),
+        ({"routed_scaling": 0.0}, "routed_scaling: must be positive and finite, got 0.0"),
     ],
 )
 def test_errors(change: dict[str, Any], message: str) -> None:
@@ -154,6 +155,12 @@ def test_errors_of_update_bias_and_the_missing_kernel() -> None:
     with pytest.raises(ValueError) as error:
         update_bias(jnp.zeros((2, 4)), jnp.zeros(4, jnp.int32), rate=0.1)
     assert str(error.value) == "load: must have shape [*B E] = [2, 4], got [4]"
+    with pytest.raises(TypeError, match="load: dtype must be int32, got float32"):
+        update_bias(jnp.zeros(4), jnp.zeros(4), rate=0.1)
+    with pytest.raises(TypeError, match="bias: must be an array, got list"):
+        update_bias([0.0], jnp.zeros(1, jnp.int32), rate=0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="rate: must be a static number"):
+        update_bias(jnp.zeros(4), jnp.zeros(4, jnp.int32), rate="0.1")  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="group_limited_topk has no CUDA kernel"):
         group_limited_topk(
             jnp.zeros((1, 4)), jnp.zeros(4), k=1, num_groups=1, top_groups=1, implementation="cuda"

@@ -204,3 +204,17 @@ def test_gradient() -> None:
         "quantize_1x128: not differentiable, a cotangent cannot cross FP8 values; "
         "use deep_gemm.fp8_linear, or apply jax.lax.stop_gradient to the operand"
     )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((-1,), "num_rows: must be at least 0, got -1"),
+        ((8.0,), "num_rows: must be a static integer, got 8.0"),
+        ((8, 0), "num_groups: must be at least 1, got 0"),
+    ],
+)
+def test_padded_tokens(numbers: tuple[Any, ...], message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        quantization.padded_tokens(*numbers)
+    assert str(caught.value) == message
