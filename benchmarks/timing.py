@@ -1,9 +1,10 @@
 """Kernel times on a GPU through JAX alone, the same way in every benchmark.
 
-A row's time is the device time in which any kernel or copy that one call launches runs, the median
-over rounds. Versions are interleaved in every round, operands rotate through copies that
-together exceed the L2 cache, and yardsticks (copy bandwidth, a bf16 product) are measured in the
-same run, because the chip's clocks depend on load and temperature: compare ratios.
+A row's time is the device time in which any kernel or copy that one call launches runs (or those
+that the row names), the median over rounds. Versions are interleaved in every round, operands
+rotate through copies that together exceed the L2 cache, and yardsticks (copy bandwidth, a bf16
+product) are measured in the same run, because the chip's clocks depend on load and temperature:
+compare ratios.
 """
 
 import dataclasses
@@ -43,6 +44,7 @@ class Row:
     operands: Sequence[tuple[Any, ...]]  # copies of the arguments, taken in turn
     bytes: float = 0.0
     flops: float = 0.0
+    kernel: str = ""  # count only what has this in its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,7 @@ def _compile(row: Row, label: str) -> Callable[..., Any]:
 
 
 def _timing(row: Row, launches: Sequence[Launch], rounds: int) -> Timing:
+    launches = [launch for launch in launches if row.kernel in launch.name]
     count, rest = divmod(len(launches), rounds)
     if rest or not count:
         raise RuntimeError(
