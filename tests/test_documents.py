@@ -1,9 +1,11 @@
 """The documents tell the truth: examples run, tables are those of the results, names exist."""
 
 import importlib
+import inspect
 import pathlib
 import re
 import types
+from typing import Any
 
 import pytest
 
@@ -75,12 +77,32 @@ def test_the_table_of_startup_times() -> None:
     assert "| deep_gemm | 3 | 0.50, 1.25 | 2.00, 3.00 | 0.10, 0.25 |" in filled.splitlines()
 
 
+def _overview(name: str, value: Any) -> str:
+    """The line of a public name: its signature but for `implementation`, and what it says first."""
+    if isinstance(value, types.FunctionType):
+        arguments: list[str] = []
+        for p in inspect.signature(value).parameters.values():
+            if p.kind == p.KEYWORD_ONLY and "*" not in arguments:
+                arguments.append("*")
+            default = getattr(p.default, "__name__", None) or repr(p.default)
+            arguments.append(p.name + ("" if p.default is p.empty else f"={default}"))
+        kept = [one for one in arguments if not one.startswith("implementation=")]
+        name += "(" + ", ".join(kept[:-1] if kept[-1:] == ["*"] else kept) + ")"
+    said, _, _ = (inspect.getdoc(value) or "").partition("\n\n")
+    return f"- `{name}`: {' '.join(said.split())}"
+
+
 @pytest.mark.parametrize("room", ROOMS)
-def test_the_overview_names_every_public_name(room: str) -> None:
+def test_the_overview_says_what_docstrings_say(room: str) -> None:
     text = (ROOT / "docs" / "api.md").read_text()
     section = text.split(f"## jax_ds.{room}\n")[1].split("\n## ")[0]
-    named = set(re.findall(r"^- `(\w+)", section, re.M))
-    assert named == set(importlib.import_module(f"jax_ds.{room}").__all__)
+    lines = {name: line for line, name in re.findall(r"^(- `(\w+).*)$", section, re.M)}
+    module = importlib.import_module(f"jax_ds.{room}")
+    assert set(lines) == set(module.__all__)
+    for name, line in lines.items():
+        value = getattr(module, name)
+        if isinstance(value, type | types.FunctionType):
+            assert line == _overview(name, value)
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -68,6 +68,8 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
+    """What a training step reports."""
+
     loss: Float32[Array, ""]  # mean over all tokens of the step, nats
     grad_norm: Float32[Array, ""]  # before clipping
     load: Int32[Array, "L E"]  # tokens per expert and MoE layer, over all devices
