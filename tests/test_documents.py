@@ -146,3 +146,18 @@ def test_links_lead_somewhere() -> None:
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_flags_and_targets_exist() -> None:
+    """Every `--flag` that is not another program's, and every `make target`."""
+    folders = ("jax_ds", "benchmarks", "examples", "tests/gpu")
+    sources = "".join(p.read_text() for f in folders for p in (ROOT / f).rglob("*.py"))
+    known = set(re.findall(r'add_argument\(\s*"--([\w-]+)"|DEFINE_\w+\(\s*"(\w+)"', sources))
+    flags = {flag for pair in known for flag in pair if flag}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        text = document.read_text()
+        used = set(re.findall(r"--([a-z][\w-]*)", text)) - {"test_tag_filters"}  # Bazel's
+        unknown = {flag for flag in used if not flag.startswith("xla_")} - flags
+        unknown |= set(re.findall(r"`make ([a-z-]+)", text)) - targets
+        assert not unknown, f"{document.name}: {unknown}"
