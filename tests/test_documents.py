@@ -115,6 +115,21 @@ def test_every_public_name_is_documented(room: str) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
+def test_every_argument_is_documented(room: str) -> None:
+    module = importlib.import_module(f"jax_ds.{room}")
+    for name in module.__all__:
+        value = getattr(module, name)
+        if not isinstance(value, types.FunctionType):
+            continue
+        signature = inspect.signature(value)
+        _, _, after = (value.__doc__ or "").partition("Args:")
+        listed, _, results = after.partition("Returns:")
+        missing = set(signature.parameters) - set(re.findall(r"\w+", listed))
+        assert not missing, f"{room}.{name}: {missing}"
+        assert results or signature.return_annotation is None, f"{room}.{name}: Returns"
+
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_every_attribute_is_documented(room: str) -> None:
     """Where a class lists its attributes, it lists all."""
     module = importlib.import_module(f"jax_ds.{room}")

@@ -136,3 +136,14 @@ def test_host_code_includes_no_device_code() -> None:
         if path.suffix == ".cc" or (path.suffix == ".h" and "kernels" not in path.parts):
             includes = re.findall(r'^#include "(.+)"', path.read_text(), re.M)
             assert not [name for name in includes if name.endswith(".cuh")], path
+
+
+def test_nothing_prints_exits_or_traps() -> None:
+    """Errors are exceptions and statuses; a trap would kill every process on the GPU."""
+    loud = r"\b(printf|puts|abort|_?exit|assert|__trap)\s*\(|std::c(out|err)|\btrap;"
+    for path in _cpp_files():
+        assert not re.search(loud, path.read_text()), path
+    quiet = [path for path in _python_files() if "doctor" not in path.parts]
+    assert len(quiet) > 50
+    for path in quiet:
+        assert not re.search(r"\b(print|exit|breakpoint)\(", path.read_text()), path

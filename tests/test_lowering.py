@@ -1,8 +1,13 @@
 """What programs become for CUDA, on a machine without a GPU: our custom calls, and nothing of ours
 where the README's table says that an operation has no kernel."""
 
+import hashlib
+import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -164,12 +169,31 @@ def test_scales_of_rows_leave_column_major() -> None:
     assert "dense<[0, 1]> : tensor<2xindex>]" in calls[0]
 
 
-def test_no_pointer_enters_a_program() -> None:
-    """The same program text twice: nothing of this process is in it, so caches across processes
-    hold."""
-    assert _lowered("quantize_1x128_both") == _lowered("quantize_1x128_both")
-    for attributes in re.findall(r"mhlo.backend_config = \{(.*?)\}", _lowered("quantize_1x128")):
-        assert not re.search(r"\d{6,}", attributes)
+def digests() -> dict[str, str]:
+    """Of every operation's program."""
+    return {name: hashlib.sha256(_lowered(name).encode()).hexdigest() for name in OPERATIONS}
+
+
+def test_programs_are_the_same_in_every_process() -> None:
+    """No pointer and nothing else of a process is in them: caches across processes hold, and ranks
+    run the same program."""
+    code = (
+        "import json, tests.conftest; from tests import test_lowering; "
+        "print(json.dumps(test_lowering.digests()))"
+    )
+    environment = os.environ | {
+        "PYTHONHASHSEED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "JAX_PLATFORMS": "cpu",
+    }
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(other.stdout) == digests()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

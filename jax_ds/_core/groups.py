@@ -27,6 +27,9 @@ def padded_tokens(num_rows: int, num_groups: int = 1) -> int:
       num_rows: M, zero allowed.
       num_groups: G, at least 1.
 
+    Returns:
+      P, tokens.
+
     Raises:
       ValueError, TypeError: for numbers against these rules.
     """

@@ -64,6 +64,9 @@ def buffer_bytes(
       top_k: K.
       low_latency: for `low_latency_dispatch` and `low_latency_combine` instead.
 
+    Returns:
+      Bytes of all its windows together.
+
     Raises:
       ValueError, TypeError: for a size below 1 or no integer, or a dtype that is not dispatched.
     """

@@ -119,10 +119,14 @@ def low_latency_dispatch_start(
     """The first half of `low_latency_dispatch`: quantizes and sends, and returns at once.
 
     Args:
-      x, expert_ids, num_experts, ...: as in `low_latency_dispatch`.
+      x, expert_ids, num_experts, max_tokens, axis_name, quantize, channel, implementation: as in
+        `low_latency_dispatch`.
       after: arrays to compute before sending; their values are not used. Two calls of one channel
         can be under way: where data does not order a start behind the finish that makes room for
         it, say so here.
+
+    Returns:
+      What `low_latency_dispatch_finish` takes.
 
     Raises:
       ValueError, TypeError: as `low_latency_dispatch`, and where two calls are under way already.
@@ -165,6 +169,9 @@ def low_latency_dispatch_finish(
     Args:
       in_flight: from `low_latency_dispatch_start`; each is finished once.
       after: arrays to compute before receiving; their values are not used.
+
+    Returns:
+      rows, group_sizes, handle: as `low_latency_dispatch`.
 
     Raises:
       TypeError: if `in_flight` is something else.
@@ -257,8 +264,14 @@ def low_latency_combine_start(
     """The first half of `low_latency_combine`: reduces and sends, and returns at once.
 
     Args:
-      rows, handle, weights: as in `low_latency_combine`.
+      rows, handle, weights, implementation: as in `low_latency_combine`.
       after: as in `low_latency_dispatch_start`.
+
+    Returns:
+      What `low_latency_combine_finish` takes.
+
+    Raises:
+      ValueError, TypeError: as `low_latency_combine`, and where two calls are under way already.
     """
     sizes = _check_combine(rows, handle, weights)
     rows, handle, weights = inference_only(
@@ -301,6 +314,9 @@ def low_latency_combine_finish(
     Args:
       in_flight: from `low_latency_combine_start`; each is finished once.
       after: arrays to compute before receiving; their values are not used.
+
+    Returns:
+      `[T, H]`, as `low_latency_combine`.
 
     Raises:
       TypeError: if `in_flight` is something else.

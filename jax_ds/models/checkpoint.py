@@ -20,6 +20,13 @@ def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
     Every process calls it; process 0 writes. The file appears by an atomic rename, so an
     interrupted save leaves the previous file. Leaves are stored under their tree path, bits
     unchanged; dtypes that numpy lacks (bfloat16, float8) as integers of their width.
+
+    Args:
+      path: the file; its folder is made.
+      tree: any pytree of arrays.
+
+    Raises:
+      OSError: where process 0 cannot write; nothing is left of the attempt.
     """
     path = pathlib.Path(path)
     flat = {
@@ -49,7 +56,11 @@ def load_tree(path: str | os.PathLike[str], like: Any, mesh: Mesh, specs: Any) -
       like: a tree of arrays or `jax.ShapeDtypeStruct`: the names, shapes and dtypes expected.
       mesh, specs: where the leaves go; any mesh, not only the one that saved.
 
+    Returns:
+      A tree of the structure of `like`.
+
     Raises:
+      OSError: where the file cannot be read.
       ValueError: the file holds another tree (a name, a shape or a dtype differs).
     """
     with np.load(path, allow_pickle=False) as stored:

@@ -35,6 +35,13 @@ def empty_pages(config: ModelConfig, pages: int) -> BFloat16[Array, "L*P 64 576"
     One pool that the scan over layers carries is updated in place; a pool per layer would be
     copied once per step. Layer l's pages start at l * pages.
 
+    Args:
+      config: the model.
+      pages: P, of 64 tokens each, for every layer.
+
+    Returns:
+      bfloat16 [L * P, 64, 576], zeros.
+
     Raises:
       ValueError, TypeError: unless `pages` is an integer of 1 or more.
     """
@@ -47,6 +54,13 @@ def prepare_for_decoding(config: ModelConfig, params: ModelParams) -> ModelParam
 
     bfloat16, or FP8 (`Quantized`) for what `config.precision="fp8"` multiplies in FP8. Router,
     norms and bias stay float32. `kv_up` stays bfloat16: it is absorbed, never multiplied whole.
+
+    Args:
+      config: the model.
+      params: float32 masters; whole or, inside `jax.shard_map`, one device's.
+
+    Returns:
+      `ModelParams` for `decode_step` and `prefill_step`, without a gradient.
     """
 
     def narrow(w: Any) -> Any:
@@ -129,8 +143,16 @@ def prefill_step(
 
     Keys and values of the past and of the chunk are expanded from the cache, one layer at a time,
     which takes memory for B * N * 64 of them but needs 3.4 times less arithmetic for each pair of
-    tokens. `decode_step` goes on from the cache that it leaves. Arguments and errors are those of
-    `decode_step`.
+    tokens. `decode_step` goes on from the cache that it leaves.
+
+    Args:
+      config, params, pages, tokens, page_table, seq_lens: as in `decode_step`.
+
+    Returns:
+      logits float32 [B, vocab] after the last token, and the pool, as `decode_step`.
+
+    Raises:
+      ValueError, TypeError: as `decode_step`.
     """
     return _step(config, params, pages, tokens, page_table, seq_lens, _expanded)
 

@@ -50,7 +50,15 @@ class ModelParams(NamedTuple):
 
 def init_params(config: ModelConfig, key: Array) -> ModelParams:
     """All parameters, unsharded: normal weights of variance 1 / fan-in; what writes to the
-    residual stream is scaled down by sqrt(2 num_layers)."""
+    residual stream is scaled down by sqrt(2 num_layers).
+
+    Args:
+      config: the model.
+      key: of `jax.random`.
+
+    Returns:
+      float32 `ModelParams`; norms are 1, biases 0, the embedding of variance 1.
+    """
     c = config
     k_embed, k_dense, k_moe, k_head = jax.random.split(key, 4)
 
@@ -101,7 +109,15 @@ def init_params(config: ModelConfig, key: Array) -> ModelParams:
 
 def param_specs(config: ModelConfig, params: ModelParams) -> ModelParams:
     """A PartitionSpec for every leaf of `params`: routed experts over `axis_name`, the rest
-    replicated. Works for arrays and for their shapes (`jax.eval_shape`)."""
+    replicated. Works for arrays and for their shapes (`jax.eval_shape`).
+
+    Args:
+      config: the model, for its `axis_name`.
+      params: as in training, or from `prepare_for_decoding`.
+
+    Returns:
+      A tree of the structure of `params`.
+    """
     everywhere = PartitionSpec()
     experts = PartitionSpec(None, config.axis_name)  # [layer, expert, ...]
     specs = jax.tree.map(lambda _: everywhere, params)

@@ -79,6 +79,14 @@ class Metrics(NamedTuple):
 def init_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, seed: int) -> TrainState:
     """The state before the first step, placed on `mesh`; the same on any mesh for a seed.
 
+    Args:
+      model, train: the model and its optimizer.
+      mesh: of the axes that `model.axis_name` names.
+      seed: of the parameters.
+
+    Returns:
+      The `TrainState`, experts sharded over the mesh, the rest on every device.
+
     Raises:
       ValueError: where `mesh` has other axes than the model's, or they do not divide its experts.
     """
@@ -94,7 +102,14 @@ def init_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, seed: int) ->
 
 
 def state_specs(model: ModelConfig, train: TrainConfig) -> TrainState:
-    """A PartitionSpec for every leaf of the state; moments are placed like their parameters."""
+    """A PartitionSpec for every leaf of the state; moments are placed like their parameters.
+
+    Args:
+      model, train: as in `init_state`.
+
+    Returns:
+      A tree of the structure of `TrainState`.
+    """
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     optimizer = train.optimizer()
     specs = param_specs(model, params)
@@ -114,7 +129,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Int32[Array, "B S+1"]], tuple[TrainState, Metrics]]:
     """The jitted step `(state, tokens) -> (state, metrics)`; it donates the state.
 
-    `tokens` int32 [B, S + 1] is the global batch, split over all devices of `mesh`.
+    Args:
+      model, train, mesh: as in `init_state`.
+
+    Returns:
+      The step. `tokens` int32 [B, S + 1] is the global batch, split over all devices of `mesh`;
+      metrics are the same on all.
 
     Raises:
       ValueError: as `init_state`; the step, where `tokens` break the rule.
@@ -160,7 +180,14 @@ def make_eval_step(
 ) -> Callable[[ModelParams, Int32[Array, "B S+1"]], Float32[Array, ""]]:
     """The jitted mean loss `(params, tokens) -> nats per token`, without dropping.
 
-    `tokens` and errors as in `make_train_step`.
+    Args:
+      model, mesh: as in `init_state`.
+
+    Returns:
+      The function; `tokens` as in `make_train_step`.
+
+    Raises:
+      ValueError, TypeError: as `make_train_step`.
     """
     check_mesh(model, mesh)
     model = dataclasses.replace(model, capacity_factor=None)
