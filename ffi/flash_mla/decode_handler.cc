@@ -10,7 +10,6 @@
 #include "jit/tensor_map.h"
 #include "kernels/constants.h"
 #include "support/driver.h"
-#include "support/per_device.h"
 #include "support/shape.h"
 #include "support/stages.h"
 
@@ -29,7 +28,6 @@ struct DecodeState : Stateful<DecodeState> {
   float scale;
   std::shared_ptr<const jit::Kernel> decode;
   std::shared_ptr<const jit::Kernel> combines[std::size(kCombines)];
-  PerDevice<int> multiprocessors = {};
 };
 
 ErrorOr<std::unique_ptr<DecodeState>> Instantiate(int64_t tokens, int64_t heads, bool half,
@@ -57,8 +55,6 @@ ErrorOr<std::unique_ptr<DecodeState>> Instantiate(int64_t tokens, int64_t heads,
 Error Initialize(DecodeState* state, int32_t ordinal) {
   JAX_DS_RETURN_IF_ERROR(state->decode->Load(ordinal));
   for (const auto& kernel : state->combines) JAX_DS_RETURN_IF_ERROR(kernel->Load(ordinal));
-  JAX_DS_ASSIGN_OR_RETURN(const Driver* driver, Driver::Get());
-  JAX_DS_ASSIGN_OR_RETURN(state->multiprocessors[ordinal], driver->Multiprocessors(ordinal));
   return Error::Success();
 }
 
@@ -159,13 +155,13 @@ Error Execute(DecodeState* state, int32_t ordinal, cuda::Stream stream, AnyBuffe
               AnyBuffer pages, AnyBuffer table, AnyBuffer lengths, ffi::Result<AnyBuffer> out,
               ffi::Result<AnyBuffer> lse, ffi::Result<AnyBuffer> partial_out,
               ffi::Result<AnyBuffer> partial_lse, ffi::Result<AnyBuffer> parts) {
-  JAX_DS_RETURN_IF_ERROR(CheckOrdinal(ordinal));
   const Buffers buffers = {q,    pages,        table,        lengths, *out,
                            *lse, *partial_out, *partial_lse, *parts};
   JAX_DS_RETURN_IF_ERROR(CheckBuffers(*state, buffers));
   const int64_t query_rows = state->tokens * state->heads;
-  const DecodeLaunch launch =
-      LaunchDecode(state->config, query_rows, state->multiprocessors[ordinal]);
+  JAX_DS_ASSIGN_OR_RETURN(const Driver* driver, Driver::Get());
+  JAX_DS_ASSIGN_OR_RETURN(int multiprocessors, driver->Multiprocessors(ordinal));
+  const DecodeLaunch launch = LaunchDecode(state->config, query_rows, multiprocessors);
   if (partial_out->dimensions()[0] < launch.workspace_rows) {
     return InvalidArgument("partial_out: needs " + std::to_string(launch.workspace_rows) +
                            " rows, got " + std::to_string(partial_out->dimensions()[0]));

@@ -217,8 +217,8 @@ struct Items {
   }
 };
 
-// Tokens that row `row` of a request may look at (bottom-right causal mask; none for padding rows
-// beyond R is not needed: they are never stored).
+// How many of a request's first tokens its row `row` may look at: the causal mask is aligned at the
+// last token. Padding rows beyond R are never stored, so they may look at anything.
 JAX_DS_DEVICE int visible_tokens(const DecodeParams& p, int length, int row) {
   return p.causal ? min(length, length - p.S + row / p.H + 1) : length;
 }
