@@ -53,10 +53,10 @@ __global__ __launch_bounds__(Config::kThreads,
     if (warp == 1) write_empty<Config>(p, shared);
   } else if (warp < 8) {
     setmaxnreg_inc<Config::kScoresRegisters>();
-    Scores<Config>{p, shared}.run();
+    WideScores<Config>{p, shared}.run();
   } else {
     setmaxnreg_inc<Config::kOutputRegisters>();
-    Output<Config>{p, shared, static_cast<int>(warp / 4 - 2)}.run();
+    WideOutput<Config>{p, shared, static_cast<int>(warp / 4 - 2)}.run();
   }
 }
 

@@ -6,7 +6,7 @@
 namespace jax_ds::flash_mla {
 
 template <typename Config>
-struct Output {
+struct WideOutput {
   using Element = typename Config::Element;
 
   const DecodeParams& p;

@@ -6,7 +6,7 @@
 namespace jax_ds::flash_mla {
 
 template <typename Config>
-struct Scores {
+struct WideScores {
   using Element = typename Config::Element;
   static constexpr auto kK = wgmma::Major::kK;
   // The part of the query that stays in registers: fragments of 16 columns.
