@@ -1,10 +1,16 @@
-"""The numbers of docs/deep_ep.md follow from bytes and rates."""
+"""The numbers of docs/deep_ep.md follow from bytes and rates, and its code runs."""
 
 import math
 import pathlib
 import re
+from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from jax_ds import deep_ep, deep_gemm
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "deep_ep.md").read_text()
 
@@ -86,3 +92,48 @@ def test_ranks_that_a_token_needs() -> None:
     match = re.search(r"other ranks: ([\d.]+) for R = 8, E = 256, K = 8", PAGE)
     assert match is not None
     _agrees(match[1], _spread(8, 8) * 7 / 8)
+
+
+BLOCKS = re.findall(r"^```python\n(.*?)```", PAGE, re.M | re.S)
+
+
+def test_every_block_of_code_is_run_here() -> None:
+    assert len(BLOCKS) == 2
+
+
+def _on_eight_devices(function: Callable[..., Any]) -> jax.Array:
+    """`function(x, expert_ids, weights)` for 16 tokens of 256 a device, two of 16 experts each."""
+    mesh = jax.make_mesh((8,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.random.normal(jax.random.key(0), (128, 256), jnp.bfloat16)
+    ids = jax.random.randint(jax.random.key(1), (128, 2), 0, 16)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=jax.P("ep"), out_specs=jax.P("ep"))
+    return jax.jit(mapped)(x, ids, jnp.ones((128, 2)))
+
+
+def test_the_layer_runs() -> None:
+    """With experts that are grouped products by the identity: y is twice x, as weights are 1."""
+    names: dict[str, Any] = {
+        "deep_ep": deep_ep,
+        "E": 16,
+        "experts": lambda rows, w_up, w_down, sizes: deep_gemm.bf16_grouped_gemm(rows, w_up, sizes),
+    }
+    exec(BLOCKS[0], names)
+    identity = jnp.broadcast_to(jnp.eye(256, dtype=jnp.bfloat16)[None], (2, 256, 256))
+
+    def run(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        ids = jnp.stack([ids[:, 0], (ids[:, 0] + 1) % 16], axis=1)  # two different ones
+        y: jax.Array = names["layer"](x, ids, weights, identity, None)
+        return y - 2 * x
+
+    assert not _on_eight_devices(run).any()
+
+
+def test_the_halves_run() -> None:
+    def run(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        names = {"deep_ep": deep_ep, "E": 16, "x": x, "expert_ids": ids, "shared_expert": jnp.tanh}
+        exec(BLOCKS[1], names)
+        assert names["rows"].shape == (2, 8 * 128, 256)
+        return names["group_sizes"]
+
+    # A token that names an expert twice has one row for it.
+    assert 128 <= int(_on_eight_devices(run).sum()) <= 256
