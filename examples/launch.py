@@ -81,9 +81,5 @@ def _sizes() -> tuple[int, ...]:
 
 def shard(batch: np.ndarray[Any, Any], mesh: jax.sharding.Mesh) -> jax.Array:
     """Splits a batch that every process holds whole over all devices of the mesh."""
-    if batch.shape[0] % mesh.size:
-        raise ValueError(
-            f"--batch: must be a multiple of the {mesh.size} devices, got {batch.shape[0]}"
-        )
     sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])

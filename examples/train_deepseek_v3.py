@@ -54,10 +54,13 @@ _LAYERS = flags.DEFINE_integer("layers", 3, "layers; the first is dense", lower_
 _HEADS = flags.DEFINE_integer("heads", 2, "attention heads", lower_bound=1)
 _EXPERTS = flags.DEFINE_integer("experts", 16, "routed experts", lower_bound=4)
 _CAPACITY = flags.DEFINE_float(
-    "capacity_factor", 2.0, "rows a device has room for, per even share; 0 never drops a token"
+    "capacity_factor",
+    2.0,
+    "rows a device has room for, per even share; 0 never drops a token",
+    lower_bound=0.0,
 )
 _REMAT = flags.DEFINE_bool("remat", False, "recompute activations instead of saving them")
-_RATE = flags.DEFINE_float("rate", 1.4e-3, "peak learning rate")
+_RATE = flags.DEFINE_float("rate", 1.4e-3, "peak learning rate", lower_bound=0.0)
 _DECODE = flags.DEFINE_bool("decode", True, "generate text after training")
 
 
@@ -86,10 +89,11 @@ class Run:
 
     def resume(self) -> None:
         specs = models.state_specs(self.config, self.train)
-        path = self.folder / "checkpoint.npz"
-        if not path.exists():
-            raise ValueError(f"--resume: must have a checkpoint in --out, got {self.folder}")
-        self.state = models.load_tree(path, self.state, self.mesh, specs)
+        try:
+            path = self.folder / "checkpoint.npz"
+            self.state = models.load_tree(path, self.state, self.mesh, specs)
+        except ValueError as error:
+            raise ValueError(f"--resume: must be of a model of these sizes, {error}") from None
         with (self.folder / "loss.csv").open(newline="") as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
         # The state says where to go on; later losses are of steps that it has not made.
@@ -241,6 +245,13 @@ def main(argv: list[str]) -> None:
             f"--experts: must be a multiple of the {mesh.size} devices and of the "
             f"{models.ModelConfig.num_groups} groups, got {_EXPERTS.value}"
         )
+    # Before anything is compiled.
+    if _BATCH.value % mesh.size:
+        raise ValueError(
+            f"--batch: must be a multiple of the {mesh.size} devices, got {_BATCH.value}"
+        )
+    if _RESUME.value and not (pathlib.Path(_OUT.value) / "checkpoint.npz").exists():
+        raise ValueError(f"--resume: must have a checkpoint in --out, got {_OUT.value}")
     run = start_run(mesh, axis_name)
     if main_process:
         count = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))

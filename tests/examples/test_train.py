@@ -160,9 +160,19 @@ def test_killed_between_checkpoints(environment: dict[str, str], tmp_path: pathl
 def test_a_wrong_flag_ends_with_one_sentence(
     flags: list[str], sentence: str, tmp_path: pathlib.Path
 ) -> None:
+    _ends_with(sentence, f"--out={tmp_path / 'out'}", *flags)
+
+
+@pytest.mark.slow
+def test_another_model_is_not_resumed(single: tuple[pathlib.Path, str]) -> None:
+    sentence = "--resume: must be of a model of these sizes, .params.embedding: must be "
+    _ends_with(sentence, f"--out={single[0]}", "--resume", "--hidden=128")
+
+
+def _ends_with(sentence: str, *flags: str) -> None:
     train = ROOT / "examples" / "train_deepseek_v3.py"
     done = subprocess.run(
-        [sys.executable, train, *SMALL, f"--out={tmp_path / 'out'}", *flags],
+        [sys.executable, train, *SMALL, *flags],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -180,11 +190,8 @@ def test_a_clone_without_installation(tmp_path: pathlib.Path) -> None:
     subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "least", "most"),
-    [("flash_mla_decode", 0.01, 1.0), ("fp8_linear", 1e-4, 0.01), ("expert_parallel", 0.0, 0.0)],
-)
-def test_short_example(name: str, least: float, most: float) -> None:
-    """The number that ends the output: a mean square, a loss, a difference."""
-    output = _run(sys.executable, ROOT / "examples" / f"{name}.py")
-    assert least <= float(output.split()[-1]) <= most
+def test_expert_parallel_changes_nothing() -> None:
+    """Of the short examples the one that makes devices, so in a process of its own."""
+    output = _run(sys.executable, ROOT / "examples" / "expert_parallel.py")
+    assert output.startswith("largest difference from 2 x:")
+    assert float(output.split()[-1]) == 0.0
