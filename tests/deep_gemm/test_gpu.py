@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jax_ds import deep_gemm
-from jax_ds.deep_gemm import reference
+from jax_ds.deep_gemm import ffi, reference, tuned
 from jax_ds.quantization import Quantized, quantize_1x128, quantize_1x128_both, quantize_128x128
 from tests.deep_gemm import cases
 
@@ -99,6 +99,25 @@ def test_grouped_gemm(sizes: tuple[int, ...], n: int, k: int) -> None:
         weights = [np.asarray(rhs.values[g]), np.asarray(rhs.scales[g])]
         _check(actual[rows], reference.gemm(*_rows(lhs, rows), *weights))
     np.testing.assert_array_equal(actual, run(lhs, rhs, counts))
+
+
+@pytest.mark.parametrize("sizes", GROUPS, ids=lambda s: f"{len(s)} of {max(s)}")
+def test_grouped_configurations_agree(sizes: tuple[int, ...]) -> None:
+    """However tiles are cut and dealt, every row in use is computed once, and to the same bits."""
+    n, k, groups, total = 1096, 528, len(sizes), sum(sizes)
+    m = total + 77
+    lhs = quantize_1x128(_normal((m, k), 1))
+    rhs = quantize_128x128(_normal((groups, n, k), 2))
+    counts = jnp.asarray(sizes, jnp.int32)
+    problem = tuned.Problem("grouped", "bfloat16", False, m, n, k, groups)
+    results = {
+        config: ffi.launch(problem, config, lhs, rhs, counts, None, (m, n))
+        for config, _ in tuned.candidates(problem)
+    }
+    expected = results.pop("64x64,per_sm=2,depth=2")
+    assert not np.asarray(expected[total:], np.float32).any()
+    for config, actual in results.items():
+        np.testing.assert_array_equal(actual, expected, err_msg=config)
 
 
 def test_grouped_gemm_leaves_the_tail() -> None:

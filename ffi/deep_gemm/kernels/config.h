@@ -63,8 +63,11 @@ struct Params {
 // Whose groups end anywhere.
 constexpr bool IsRagged(const Config& c) { return c.mode == kGrouped || c.mode == kMasked; }
 
-// Whose tiles are dealt by height. Masked products are too small for it to pay.
-constexpr bool SortsTiles(const Config& c) { return c.mode == kGrouped && c.block_m > 64; }
+// Whose tiles are dealt by a warp of its own, and posted on a board for the others. Masked products
+// are too small for it to pay.
+constexpr bool DealsTiles(const Config& c) { return c.mode == kGrouped && c.moves_registers(); }
+constexpr int kBoard = 4;     // tiles
+constexpr int kMaxSms = 144;  // of the largest Hopper
 
 constexpr int RoundUp(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -117,11 +120,10 @@ constexpr int StagingBuffers(const Config& c) {
 // Rows of lhs that one load brings.
 constexpr int LhsBox(const Config& c) { return IsRagged(c) ? 64 : c.block_m / c.multicast; }
 
-// Bytes of `Groups`: a number a group; of ragged groups the order of their tiles too.
+// Bytes of `Groups`: a number a group, and the board.
 constexpr int GroupBytes(const Config& c) {
   if (c.mode == kDense) return 16;
-  if (!IsRagged(c)) return kMaxGroups * 4;
-  return kMaxGroups * (SortsTiles(c) ? 10 : 4) + 48;
+  return kMaxGroups * 4 + (DealsTiles(c) ? kBoard * 32 : 16);
 }
 
 // Dynamic shared memory of a launch.

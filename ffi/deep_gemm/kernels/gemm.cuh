@@ -217,6 +217,7 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
   if (producer && elect_one()) {
     s.ring.init(1 + 32, kMathWarps * (32 + kConfig.multicast - 1));
     if constexpr (kConfig.split > 1) s.reduced.init(1, kMathWarps * (kConfig.split - 1));
+    if constexpr (DealsTiles(kConfig)) s.groups.posted.init(1, 1 + 32 + kMathWarps * 32);
     fence_mbarrier_init();
   }
   if (warp == 0 && elect_one()) {
@@ -231,13 +232,12 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
   griddepcontrol_wait();
   if (kConfig.mode != kDense && warp == 0) {
     load_groups<kConfig>(p, s.groups.ends);
-    if constexpr (IsRagged(kConfig) && !SortsTiles(kConfig)) count_tiles<kConfig>(p, s.groups);
+    if constexpr (IsRagged(kConfig) && !DealsTiles(kConfig)) count_tiles<kConfig>(p, s.groups);
   }
   if (kEarly && producer) {
     bar_arrive(0, kConfig.threads());
   } else {
     bar_sync(0, kConfig.threads());
-    if constexpr (SortsTiles(kConfig)) deal_groups<kConfig>(p, s.groups);
     // Nobody may write to a CTA of the cluster that has not come so far.
     if constexpr (kConfig.cluster() > 1) barrier_cluster_wait();
   }
@@ -248,6 +248,9 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
       produce_scales<kConfig>(p, s);
     } else if (producer && elect_one()) {
       produce_tiles<kConfig>(p, s);
+    }
+    if constexpr (DealsTiles(kConfig)) {
+      if (warp == kMathWarps + 2) Dealer<kConfig>(p, s.groups).run();
     }
     __syncwarp();
   } else {

@@ -1,7 +1,7 @@
 // The producers: a warp for the operands, a warp for their scales, filling the same ring of slots.
 #pragma once
 
-#include "deep_gemm/kernels/groups.cuh"
+#include "deep_gemm/kernels/dealer.cuh"
 #include "kernels/pipeline.cuh"
 #include "kernels/tma.cuh"
 

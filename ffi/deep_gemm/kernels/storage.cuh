@@ -6,6 +6,14 @@
 
 namespace jax_ds::deep_gemm {
 
+// Which tile of a ragged group: rows of the group from `row` on.
+struct alignas(16) Spot {
+  int group;
+  int row;
+  int column;  // of a cluster
+  int height;  // in parts of 64 rows; 0: rows to be zeroed; on the board: -1 after the last tile
+};
+
 // What is known of groups.
 template <Config kConfig>
 struct Groups {
@@ -13,16 +21,18 @@ struct Groups {
 };
 
 template <Config kConfig>
-  requires(IsRagged(kConfig))
+  requires(IsRagged(kConfig) && !DealsTiles(kConfig))
 struct Groups<kConfig> {
   int ends[kMaxGroups];
-  // Entry 2g are a group's tiles of as many parts as can be, 2g + 1 the rest.
-  static constexpr int kEntries = SortsTiles(kConfig) ? 2 * kMaxGroups : 1;
-  u16 order[kEntries];  // entries that are not empty, the tallest first
-  u8 sizes[kEntries];   // parts of their tiles; 0: empty
-  float costs[4];       // of tiles of at most 1 to 4 parts
-  int counts[4];        // how many those are
-  int most, tiles;      // what is chosen of these
+  int tiles;  // of all groups
+};
+
+template <Config kConfig>
+  requires(DealsTiles(kConfig))
+struct Groups<kConfig> {
+  int ends[kMaxGroups];
+  Spot board[kBoard];  // the next tiles of this CTA
+  PipelineBarriers<kBoard> posted;
 };
 
 template <Config kConfig>
@@ -44,7 +54,7 @@ constexpr bool legal() {
   constexpr Config c = kConfig;
   static_assert(c.block_m % (64 * c.math) == 0 && c.waves() <= 2, "64 or 128 rows a warpgroup");
   static_assert(c.block_n % 16 == 0 && c.block_n * kBlockK % 1024 == 0, "swizzle atoms");
-  static_assert(!IsRagged(c) || c.block_m <= 256, "Groups counts tiles of at most four parts");
+  static_assert(!IsRagged(c) || c.block_m <= 256, "Cut divides by at most four");
   static_assert(c.block_m / c.multicast % 8 == 0, "parts of the lhs tile");
   static_assert(c.cluster() <= 8, "portable clusters");
   static_assert(ScaleUnits(c) <= 16, "scales of rhs");
