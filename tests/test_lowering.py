@@ -201,3 +201,96 @@ def test_the_portable_choice_has_no_custom_call(name: str) -> None:
     function, operands = OPERATIONS[name]
     text = jax.jit(function).trace(*operands).lower(lowering_platforms=("cpu",)).as_text()
     assert not _targets(text)
+
+
+PRODUCT = {"accumulate": False, "config": "", "expected_rows": 0, "zero_tail": True}
+HEADS = {"causal": True, "qk_dim": 192, "rope": 0, "v_dim": 128}
+RANKS = {"channel": 0, "num_ranks": 8, "num_sms": 0, "num_tokens": 16}
+LOW_LATENCY = RANKS | {
+    "dtype": "bfloat16",
+    "experts": 4,
+    "half": "whole",
+    "hidden": 256,
+    "region": 128,
+    "top_k": 4,
+}
+# What a handler is told, by operation and target; without `groups` of ranks and `scale`.
+ATTRIBUTES: dict[tuple[str, str], dict[str, Any]] = {
+    ("quantize_1x128_both", "jax_ds_quantize_tiles"): {
+        "blocks": "lines",
+        "input": "bfloat16",
+        "k": K,
+        "p": P,
+        "swiglu": False,
+        "ue8m0": False,
+    },
+    ("quantize_128x128_both", "jax_ds_quantize_tiles"): {
+        "blocks": "square_transposed",
+        "input": "bfloat16",
+        "k": K,
+        "p": N,
+        "swiglu": False,
+        "ue8m0": False,
+    },
+    ("swiglu_quantize_1x128", "jax_ds_quantize_rows"): {
+        "input": "bfloat16",
+        "k": K,
+        "swiglu": True,
+        "ue8m0": False,
+    },
+    ("fp8_gemm", "jax_ds_gemm"): PRODUCT
+    | {"groups": 1, "m": M, "n": N, "k": K, "mode": "dense", "output": "bfloat16"},
+    ("fp8_grouped_gemm", "jax_ds_gemm"): PRODUCT
+    | {"groups": G, "m": M, "n": N, "k": K, "mode": "grouped", "output": "bfloat16"},
+    ("fp8_masked_gemm", "jax_ds_gemm"): PRODUCT
+    | {"groups": G, "m": M, "n": N, "k": K, "mode": "masked", "output": "bfloat16"},
+    ("fp8_wgrad", "jax_ds_gemm"): PRODUCT
+    | {"groups": 1, "m": N, "n": K, "k": M, "mode": "wgrad", "output": "float32"},
+    ("fp8_grouped_wgrad", "jax_ds_gemm"): PRODUCT
+    | {"groups": G, "m": N, "n": K, "k": P, "mode": "wgrad", "output": "float32"},
+    ("decode", "jax_ds_flash_mla_decode"): {
+        "causal": True,
+        "half": False,
+        "heads": 128,
+        "tokens": 1,
+    },
+    ("prefill", "jax_ds_flash_mla_prefill"): HEADS | {"packed": False},
+    ("gradient of prefill, packed batches", "jax_ds_flash_mla_prefill_backward"): HEADS
+    | {"packed": True},
+    ("dispatch, combine", "jax_ds_deep_ep_dispatch"): RANKS | {"num_scales": 0, "token_bytes": 512},
+    ("dispatch, combine", "jax_ds_deep_ep_combine"): RANKS
+    | {"dtype": "bfloat16", "token_bytes": 512, "top_k": 4},
+    (
+        "low_latency_dispatch, low_latency_combine",
+        "jax_ds_deep_ep_low_latency_dispatch",
+    ): LOW_LATENCY | {"quantize": False},
+    (
+        "low_latency_dispatch, low_latency_combine",
+        "jax_ds_deep_ep_low_latency_combine",
+    ): LOW_LATENCY,
+}
+
+
+@pytest.mark.parametrize(("name", "target"), ATTRIBUTES, ids=lambda part: part.split(",")[0])
+def test_what_a_handler_is_told(name: str, target: str) -> None:
+    call = re.search(rf"@{target}\(.*?mhlo.backend_config = \{{(.*?)\}}", _lowered(name))
+    assert call is not None
+    told: dict[str, Any] = {}
+    for key, text in re.findall(r"(\w+) = (true|false|\"[^\"]*\"|\d+(?= : i64))", call[1]):
+        told[key] = json.loads(text)
+    assert told == ATTRIBUTES[name, target]
+
+
+def test_sums_are_added_to_in_place() -> None:
+    """The weight gradient's last operand is its result."""
+    total = _array(G, N, K, dtype=jnp.float32)
+    operands = (_columns(N, P), _columns(K, P), _ints(G), total)
+    text = (
+        jax.jit(deep_gemm.fp8_grouped_wgrad)
+        .trace(*operands)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
+    (call,) = re.findall(r"custom_call @jax_ds_gemm\(.*", text)
+    assert re.search(r"accumulate = true", call)
+    assert re.search(r"output_operand_alias<.*operand_index = 5", call), call

@@ -261,6 +261,9 @@ def test_buffer_bytes() -> None:
     assert deep_ep.buffer_bytes(**quantized) == fp8 + combine
     assert deep_ep.buffer_bytes(**quantized, training=True) == fp8 + combine + bf16
     assert deep_ep.buffer_bytes(num_tokens=1, hidden=8, num_ranks=1) == 2 * (4096 + 4 * mib)
+    # 2048 records of 3968 values and 31 scales, which align to 4096 bytes, and of 7936 + 32.
+    exact = {"num_tokens": 2048, "hidden": 3968, "num_ranks": 1, "dtype": jnp.float8_e4m3fn}
+    assert deep_ep.buffer_bytes(**exact) == 4096 + 8 * mib + 4096 + 16 * mib
     few = quantized | {"num_tokens": 128, "low_latency": True}
     # 1024 slots of 7424 + 32 and 14336 + 32 bytes: 7.28 and 14.03 MiB.
     assert deep_ep.buffer_bytes(**few) == 2 * (4096 + 15 * mib // 2) + 2 * (4096 + 15 * mib)

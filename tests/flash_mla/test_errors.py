@@ -153,6 +153,7 @@ def test_append(change: dict[str, Any], kind: type[Exception], message: str) -> 
             "k: must have shape [B Sk Hk Dk] = [2, *, *, 192], got [2, 8, 4, 128]",
         ),
         ({"k": _array(2, 8, 3, 192)}, ValueError, "k: number of heads must divide q's 4, got 3"),
+        ({"k": _array(2, 8, 0, 192)}, ValueError, "k: number of heads must divide q's 4, got 0"),
         (
             {"v": _array(2, 7, 4, 128)},
             ValueError,

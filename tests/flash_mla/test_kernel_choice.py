@@ -97,3 +97,38 @@ def test_no_size_of_the_batch_is_an_attribute() -> None:
 
     assert "heads = 16" in attributes(3)
     assert attributes(3) == attributes(5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows"), [(5, 2 * 132 * 8), (32, 2 * 132 * 32), (33, 2 * 132 * 64)]
+)
+def test_decode_has_room_for_two_parts_of_every_cta(heads: int, rows: int) -> None:
+    """tests/native/flash_mla_decode_plan_test.cc holds the plan to it."""
+    ints = jnp.int32
+    operands = (_array(2, 1, heads, 576), _array(9, 64, 576))
+    text = _lowered(flash_mla.decode, *operands, _array(2, 4, dtype=ints), _array(2, dtype=ints))
+    call = next(line for line in text.splitlines() if "jax_ds_flash_mla_decode" in line)
+    assert f"tensor<{rows}x512xf32>, tensor<{rows}xf32>, tensor<2x2xi32>" in call
+
+
+@pytest.mark.parametrize(("queries", "words"), [(1, 48), (128, 300), (129, 320), (301, 676)])
+def test_packed_lists_have_the_words_of_their_layout(queries: int, words: int) -> None:
+    """tests/native/flash_mla_prefill_packing_test.cc: 4 + 5 (3 tiles + 5) + 2 rows, in fours; and
+    what the second kernel of the gradient needs to know of each query, in rows of 16 bytes."""
+    q, v = (_array(1, queries, 2, width) for width in (192, 128))
+    offsets = _array(3, dtype=jnp.int32)
+
+    def out(q: jax.Array, k: jax.Array, v: jax.Array, offsets: jax.Array) -> jax.Array:
+        return flash_mla.prefill(q, k, v, None, offsets)
+
+    def gradient(q: jax.Array, k: jax.Array, v: jax.Array, offsets: jax.Array) -> jax.Array:
+        return jax.grad(lambda q: out(q, k, v, offsets).astype(jnp.float32).sum())(q)
+
+    text = _lowered(out, q, q, v, offsets)
+    call = next(line for line in text.splitlines() if "jax_ds_flash_mla_prefill" in line)
+    assert call.rstrip().endswith(f"tensor<{words}xi32>)"), call[-200:]
+    text = _lowered(gradient, q, q, v, offsets)
+    call = next(line for line in text.splitlines() if "jax_ds_flash_mla_prefill_backward" in line)
+    assert (
+        f"tensor<1x2x2x{-(-queries // 4) * 4}xf32>, tensor<1xi32>, tensor<{2 * words}xi32>)" in call
+    )
