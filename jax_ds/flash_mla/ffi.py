@@ -107,10 +107,12 @@ def prefill_unsupported(operands: PrefillOperands) -> str | None:
     q, _, v, k_rope, *_ = operands
     if q.dtype != jnp.bfloat16:
         return f"the kernels take bfloat16, got {q.dtype.name}"
-    widths = (q.shape[3], 0 if k_rope is None else k_rope.shape[3], v.shape[3])
-    if widths not in _PREFILL_HEADS:
+    qk, rope, value = q.shape[3], 0 if k_rope is None else k_rope.shape[3], v.shape[3]
+    if (qk, rope, value) not in _PREFILL_HEADS:
+        shared = f" with a k_rope of {rope}" if rope else ""
         return (
-            f"the kernels take head sizes 192/128, 128/128 and 64/64, got {widths[0]}/{widths[2]}"
+            "the kernels take head sizes 192/128 (with a k_rope of 64 or without), 128/128 and "
+            f"64/64, got {qk}/{value}{shared}"
         )
     return None
 

@@ -1,12 +1,14 @@
-"""The plan's table, which needs the native module but no GPU."""
+"""The plan's table, which needs the native module but no GPU, and what products are given."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jax_ds import deep_gemm
+from jax_ds.deep_gemm import ffi
 from jax_ds.quantization import quantize_1x128, quantize_128x128
 
 
@@ -68,3 +70,18 @@ def test_calls_tell_the_rows_expected(expected: int | None, told: int) -> None:
 def test_errors(sizes: tuple[int, int, int], keywords: dict[str, object], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         deep_gemm.explain(*sizes, **keywords)
+
+
+def test_odd_sizes_are_padded_behind() -> None:
+    """With zeros, which add nothing; their scales are those of the block or zero."""
+    w = jax.random.normal(jax.random.key(0), (3, 131, 137), jnp.bfloat16)
+    weights, rows = quantize_128x128(w), quantize_1x128(w)
+    for q, per_row, scales in ((weights, False, (3, 2, 2)), (rows, True, (3, 136, 2))):
+        padded = ffi._padded(q, 8, per_row=per_row)
+        assert padded.shape == (3, 136, 144)
+        assert padded.scales.shape == scales
+        values = padded.values.astype(jnp.float32)
+        np.testing.assert_array_equal(values[:, :131, :137], q.values.astype(jnp.float32))
+        assert not values[:, 131:].any() and not values[:, :, 137:].any()
+        np.testing.assert_array_equal(padded.scales[:, : q.scales.shape[1]], q.scales)
+    assert ffi._padded(quantize_1x128(w[:, :, :128]), 1, per_row=True).shape == (3, 131, 128)

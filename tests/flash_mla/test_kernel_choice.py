@@ -1,5 +1,7 @@
 """Which decode kernel is chosen, what is said about it, and how the custom calls are lowered."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -132,3 +134,47 @@ def test_packed_lists_have_the_words_of_their_layout(queries: int, words: int) -
     assert (
         f"tensor<1x2x2x{-(-queries // 4) * 4}xf32>, tensor<1xi32>, tensor<{2 * words}xi32>)" in call
     )
+
+
+@pytest.mark.parametrize(
+    ("qk", "rope", "v", "kernel"),
+    [
+        (192, 64, 128, True),
+        (192, 0, 128, True),
+        (128, 0, 128, True),
+        (64, 0, 64, True),
+        (192, 32, 128, False),
+        (192, 0, 192, False),
+        (96, 0, 96, False),
+    ],
+)
+def test_prefill_heads(qk: int, rope: int, v: int, kernel: bool) -> None:
+    q, k, values = _array(2, 64, 4, qk), _array(2, 64, 2, qk - rope), _array(2, 64, 2, v)
+    operands = (q, k, values, *([_array(2, 64, 1, rope)] if rope else []))
+    calls = re.findall(r"@jax_ds_flash_mla_prefill\(.*", _lowered(flash_mla.prefill, *operands))
+    assert len(calls) == kernel
+    for call in calls:
+        assert f"qk_dim = {qk} : i64, rope = {rope} : i64" in call
+        assert f"v_dim = {v} : i64" in call
+
+
+def test_nothing_is_launched_for_nothing() -> None:
+    ints = jnp.int32
+    pages, lens = _array(9, 64, 576), _array(2, dtype=ints)
+    for tokens, entries in ((0, 4), (1, 0)):
+        table = _array(2, entries, dtype=ints)
+        for function, operands in (
+            (flash_mla.append, (pages, _array(2, tokens, 576), table, lens)),
+            (flash_mla.decode, (_array(2, tokens, 16, 576), pages, table, lens)),
+        ):
+            assert "jax_ds_flash_mla" not in _lowered(function, *operands)
+    q, k, v = _array(2, 64, 4, 192), _array(2, 0, 4, 192), _array(2, 0, 4, 128)
+    assert "jax_ds_flash_mla" not in _lowered(flash_mla.prefill, q, k, v)
+
+
+def test_why_not_the_kernel() -> None:
+    q, k, v = _array(2, 64, 4, 192), _array(2, 64, 4, 160), _array(2, 64, 4, 128)
+    with pytest.raises(NotImplementedError, match="got 192/128 with a k_rope of 32; use"):
+        jax.eval_shape(
+            lambda *x: flash_mla.prefill(*x, implementation="cuda"), q, k, v, _array(2, 64, 1, 32)
+        )
