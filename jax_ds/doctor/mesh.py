@@ -184,7 +184,7 @@ def _buffers(
         >> 20
         for training in (False, True)
     ]
-    crossing = f", all crossing to each of {nodes - 1} other nodes" if nodes > 1 else ""
+    crossing = f", all crossing to each other node ({nodes - 1})" if nodes > 1 else ""
     return (
         f"{mib[0]} MiB a rank and channel, {mib[1]} in training, for {tokens} FP8 tokens of "
         f"{hidden}{crossing}"

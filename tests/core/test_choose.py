@@ -1,5 +1,6 @@
 """The chooser, the varying types under shard_map, and the site of custom calls."""
 
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jax_ds import deep_ep, deep_gemm, flash_mla, moe, quantization
 from jax_ds._runtime import choose as chooser
 from jax_ds._runtime.call import ffi_call
 from jax_ds._runtime.choose import choose
@@ -271,3 +273,37 @@ def test_communicating_calls_run_on_the_collective_stream() -> None:
     call = next(line for line in text.splitlines() if TARGET in line)
     assert '_xla_stream_annotation = "collective"' in call
     assert "_xla_stream_annotation" not in _lowered(_kernel, jnp.ones(3))
+
+
+# Helpers, and halves that go on as their first half began.
+WITHOUT_A_CHOICE = {
+    "deep_ep.buffer_bytes",
+    "deep_ep.check",
+    "deep_ep.low_latency_combine_finish",
+    "deep_ep.low_latency_dispatch_finish",
+    "deep_gemm.explain",
+    "deep_gemm.tune",
+    "moe.update_bias",
+    "quantization.dequantize",
+    "quantization.padded_tokens",
+}
+
+
+def test_every_operation_lets_its_caller_choose() -> None:
+    parameters = {
+        f"{room.__name__.removeprefix('jax_ds.')}.{name}": inspect.signature(
+            getattr(room, name)
+        ).parameters
+        for room in (deep_ep, deep_gemm, flash_mla, moe, quantization)
+        for name in room.__all__
+        if inspect.isfunction(getattr(room, name))
+    }
+    choices = {name: given.get("implementation") for name, given in parameters.items()}
+    assert {name for name, choice in choices.items() if choice is None} == WITHOUT_A_CHOICE
+    for name, choice in choices.items():
+        if choice is not None:
+            assert (choice.kind, choice.default) == (choice.KEYWORD_ONLY, None), name
+    sending = {"plan_dispatch", "low_latency_dispatch", "low_latency_dispatch_start", "moe_layer"}
+    channels = {name.split(".")[1]: given.get("channel") for name, given in parameters.items()}
+    assert {name for name, channel in channels.items() if channel is not None} == sending
+    assert all(channel.default == 0 for channel in channels.values() if channel is not None)
