@@ -67,6 +67,9 @@ void Rules() {
   CHECK(Chosen({kDense, kBfloat16, 8192, 8192, 8192, 1}).config.block_m >= 128);
   CHECK_EQ(Chosen({kDense, kBfloat16, 1, 512, 7168, 1}).config.block_m, 64);
   CHECK_EQ(Chosen({kGrouped, kBfloat16, 1024, 4096, 7168, 256}).config.block_m, 64);
+  CHECK_EQ(Chosen({kWgrad, kFloat32Add, 4096, 7168, 32768, 4}).config.block_n, 160);
+  CHECK_EQ(Chosen({kWgrad, kFloat32, 7168, 4096, 4096, 1}).config.block_m, 256);
+  CHECK_EQ(Chosen({kWgrad, kFloat32, 128, 32768, 4096, 1}).config.block_m, 128);
   const auto text = Explain({kDense, kBfloat16, 64, 2112, 7168, 1}, kSms);
   CHECK(text.has_value() && text->find("64x64") != std::string::npos);
 }

@@ -31,14 +31,14 @@ struct Config {
 
   constexpr int waves() const { return block_m / (64 * math); }
   constexpr int cluster() const { return multicast * split; }
-  // A warpgroup's `wave`-th 64 rows of the tile. Warpgroups alternate, so that of a tile that ends
-  // early none has all the work.
-  constexpr int first_row(int group, int wave) const { return (wave * math + group) * 64; }
   constexpr int math_threads() const { return 128 * math; }
   // Registers move from the producers to the math warpgroups where there are two; that takes a
   // whole warpgroup of producers.
   constexpr bool moves_registers() const { return math > 1 && per_sm == 1; }
   constexpr int threads() const { return math_threads() + (moves_registers() ? 128 : 64); }
+  // What a thread has after that. Weight gradients keep the scales of all columns in registers.
+  constexpr int math_registers() const { return mode == kWgrad ? 240 : 232; }
+  constexpr int producer_registers() const { return mode == kWgrad ? 24 : 40; }
 };
 
 constexpr int kBlockK = 128;  // elements, and bytes, of K that share a scale: one stage

@@ -152,7 +152,7 @@ JAX_DS_DEVICE void store_whole(const Params& p, const float (&total)[kConfig.wav
   bar_sync(barrier, 128);
 #pragma unroll
   for (int wave = 0; wave < kWaves; ++wave) {
-    const int row = tile.out_row + kConfig.first_row(group, wave);
+    const int row = tile.out_row + first_row<kConfig>(group, wave);
     // TMA clips at the end of a matrix, but knows nothing of groups inside one.
     const WarpTile t{tile.matrix, row + 16 * warp, tile.out_end, tile.col};
     if constexpr (kRest > 0) {  // a box would reach into the next tile

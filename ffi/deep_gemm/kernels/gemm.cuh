@@ -76,12 +76,12 @@ JAX_DS_DEVICE void accumulate(const Storage<kConfig>& s, Pipeline<kConfig.stages
     for (int wave = 0; wave < kWaves; ++wave) {
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
-        scales[wave][d].load(s, slots[d], kConfig.first_row(group, wave) + scale_row);
+        scales[wave][d].load(s, slots[d], first_row<kConfig>(group, wave) + scale_row);
       }
     }
 #pragma unroll
     for (int wave = 0; wave < kWaves; ++wave) {
-      const int row = kConfig.first_row(group, wave);
+      const int row = first_row<kConfig>(group, wave);
       float partial[kDepth][kN / 2];
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
@@ -118,6 +118,61 @@ JAX_DS_DEVICE void multiply_tile(const Storage<kConfig>& s, Pipeline<kConfig.sta
   }
 }
 
+// Whether the warpgroups issue their products alternately: barrier kTurns + i lets warpgroup i go,
+// those below are for stores. It gains where each has two waves, and loses where it has one.
+constexpr bool TakesTurns(const Config& c) {
+  return c.mode == kWgrad && c.math == 2 && c.waves() == 2;
+}
+constexpr u32 kTurns = 3;
+
+// The same for a weight gradient. All waves use the columns' scales, which stay in registers. The
+// next slot's are read between the two steps of the last promotion: a wgmma waits for all that its
+// warps have asked shared memory for, so that nothing may be asked for shortly before it.
+template <Config kConfig>
+JAX_DS_DEVICE void multiply_gradient_tile(const Storage<kConfig>& s, Pipeline<kConfig.stages>& ring,
+                                          float (&total)[kConfig.waves()][kConfig.block_n / 2],
+                                          int group, int blocks, int scale_row) {
+  constexpr int kN = kConfig.block_n, kLast = kConfig.waves() - 1;
+  if (blocks == 0) return;
+  const u32 lhs_tiles = wgmma_address(s.lhs[0]) + first_row<kConfig>(group, 0) * 8;
+  ColumnScales<kConfig> columns;
+  RowScales<kConfig> rows[kLast + 1];
+  const auto load = [&] {
+    columns.load(s, ring.slot());
+    rows[0].load(s, ring.slot(), first_row<kConfig>(group, 0) + scale_row);
+  };
+  ring.wait();
+  load();
+  for (bool more = true; more;) {
+    const u32 lhs = lhs_tiles + ring.slot() * (sizeof(s.lhs[0]) / 16);
+    const u32 rhs = wgmma_address(s.rhs[0]) + ring.slot() * (sizeof(s.rhs[0]) / 16);
+    float partial[kN / 2];
+    const auto issue = [&](u32 from) {
+      if constexpr (TakesTurns(kConfig)) bar_sync(kTurns + group, kConfig.math_threads());
+      multiply<kN>(partial, from, rhs);
+      if constexpr (TakesTurns(kConfig)) bar_arrive(kTurns + 1 - group, kConfig.math_threads());
+    };
+    if constexpr (kLast > 0) {
+      issue(lhs);
+      rows[kLast].load(s, ring.slot(), first_row<kConfig>(group, kLast) + scale_row);
+      wgmma::wait_group<0>();
+      columns.scale(partial);
+      add_rows(total[0], partial, rows[0]);
+    }
+    issue(lhs + kLast * kConfig.math * 64 * 8);
+    const Pipeline<kConfig.stages> done = ring;
+    ring.advance();
+    more = --blocks > 0;
+    if (more) ring.wait();
+    wgmma::wait_group<0>();
+    release<kConfig>(done);
+    columns.scale(partial);
+    const RowScales<kConfig> last = rows[kLast];
+    if (more) load();
+    add_rows(total[kLast], partial, last);
+  }
+}
+
 // Rows of the warp's part from `valid` on are zero: what was read there may be NaN.
 template <Config kConfig>
 JAX_DS_DEVICE void clear_rows(float (&total)[kConfig.block_n / 2], int valid) {
@@ -137,7 +192,7 @@ JAX_DS_DEVICE void store_waves(const Params& p,
                                const float (&total)[kConfig.waves()][kConfig.block_n / 2],
                                const Tile& tile, int row, Staging<kConfig>& staging) {
   if constexpr (kWave < kConfig.waves()) {
-    const int first = tile.out_row + row + kConfig.first_row(0, kWave);
+    const int first = tile.out_row + row + first_row<kConfig>(0, kWave);
     store_tile<kConfig>(p, total[kWave], {tile.matrix, first, tile.out_end, tile.col}, staging);
     store_waves<kConfig, kWave + 1>(p, total, tile, row, staging);
   }
@@ -153,14 +208,17 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
   Pipeline<1> reduce_buffer(s.reduced);
   TileSchedule<kConfig> schedule(p, s.groups);
   Tile next;
+  if (TakesTurns(kConfig) && group == 1) bar_arrive(kTurns, kConfig.math_threads());
   for (bool more = schedule.next(next); more;) {
     const Tile tile = next;
     float total[kWaves][kN / 2] = {};
     const int blocks = tile.k_blocks;
     const int scale_row = tile.lhs_row - first_scale<kConfig>(p, tile.lhs_row) + warp_row;
     // A group may end before some of the tile's rows: they are left out, 64 at a time.
-    const int end = tile.rows - kConfig.first_row(group, 0);
-    if (!IsRagged(kConfig) || end > kConfig.first_row(0, kWaves - 1)) {
+    const int end = tile.rows - first_row<kConfig>(group, 0);
+    if constexpr (kConfig.mode == kWgrad) {
+      multiply_gradient_tile<kConfig>(s, ring, total, group, blocks, scale_row);
+    } else if (!IsRagged(kConfig) || end > first_row<kConfig>(0, kWaves - 1)) {
       multiply_tile<kConfig, kWaves>(s, ring, total, group, blocks, scale_row);
     } else if (kWaves > 1 && end > 0) {
       multiply_tile<kConfig, 1>(s, ring, total, group, blocks, scale_row);
@@ -174,15 +232,15 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
       reduce_splits<kConfig>(s, reduce_buffer, total[0], share, more);
       constexpr int kColumns = kN / kConfig.split;
       const int part = cluster_ctarank() / kConfig.multicast;
-      const int row = kConfig.first_row(group, 0) + warp_row;
+      const int row = first_row<kConfig>(group, 0) + warp_row;
       const WarpTile t{tile.matrix, tile.out_row + row, tile.out_end, tile.col + part * kColumns};
       store_tile<kConfig>(p, share, t, staging);
     } else {
-      const int row = kConfig.first_row(group, 0) + warp_row;
+      const int row = first_row<kConfig>(group, 0) + warp_row;
       if constexpr (kConfig.mode == kMasked) {
 #pragma unroll
         for (int wave = 0; wave < kWaves; ++wave) {
-          clear_rows<kConfig>(total[wave], tile.rows - row - kConfig.first_row(0, wave));
+          clear_rows<kConfig>(total[wave], tile.rows - row - first_row<kConfig>(0, wave));
         }
       }
       if constexpr (StagesWhole(kConfig)) {
@@ -243,7 +301,7 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
   }
 
   if (warp >= kMathWarps) {
-    if constexpr (kConfig.moves_registers()) setmaxnreg_dec<40>();
+    if constexpr (kConfig.moves_registers()) setmaxnreg_dec<kConfig.producer_registers()>();
     if (warp == kMathWarps + 1) {
       produce_scales<kConfig>(p, s);
     } else if (producer && elect_one()) {
@@ -254,7 +312,7 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
     }
     __syncwarp();
   } else {
-    if constexpr (kConfig.moves_registers()) setmaxnreg_inc<232>();
+    if constexpr (kConfig.moves_registers()) setmaxnreg_inc<kConfig.math_registers()>();
     consume<kConfig>(p, s);
   }
   // The slots of CTAs that share lhs are released by all of them: none may leave before that. Parts

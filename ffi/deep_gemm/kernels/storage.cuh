@@ -49,6 +49,14 @@ struct Storage {
   PipelineBarriers<1> reduced;  // the reduce buffer, filled by the other splits
 };
 
+// The first of a warpgroup's `wave`-th 64 rows of the tile. Warpgroups alternate, so that of a tile
+// that ends early none has all the work. No member of Config: that would read `math` from memory.
+template <Config kConfig>
+JAX_DS_DEVICE int first_row(int group, int wave) {
+  constexpr int kMath = kConfig.math;
+  return (wave * kMath + group) * 64;
+}
+
 template <Config kConfig>
 constexpr bool legal() {
   constexpr Config c = kConfig;
@@ -62,8 +70,12 @@ constexpr bool legal() {
       c.split == 1 || (c.waves() == 1 && c.mode != kMasked && c.block_n / c.split % 8 == 0),
       "whole strips");
   static_assert(c.depth == 1 || (c.depth == 2 && c.waves() == 1 && c.stages > 2), "registers");
-  static_assert(c.mode != kWgrad || (c.block_n <= 128 && c.waves() == 1), "registers");
+  static_assert(c.mode != kWgrad || (c.block_n <= (c.waves() > 1 ? 128 : 160) && c.depth == 1),
+                "registers");
   static_assert(c.math <= 2 && (c.math == 1 || c.per_sm == 1), "registers");
+  static_assert(
+      !c.moves_registers() || c.math * c.math_registers() + c.producer_registers() <= 3 * 168,
+      "three warpgroups start with 168");
   static_assert(sizeof(Storage<c>) <= SharedBytes(c), "SharedBytes counts the storage");
   return true;
 }
