@@ -21,11 +21,11 @@ struct Candidate {
 
 // Many rows: the tensor cores are the limit, beside which promotion runs.
 constexpr Candidate kLarge[] = {
-    {128, 192, 2, 1, 1, 1, 1, 845},
+    {128, 192, 2, 1, 1, 1, 1, 825},
     {128, 160, 2, 1, 1, 1, 1, 750},
 };
 // The least to bring from L2; too coarse for masked groups, of which few rows may be in use.
-constexpr Candidate kLargest = {256, 128, 2, 2, 1, 1, 1, 1165};
+constexpr Candidate kLargest = {256, 128, 2, 2, 1, 1, 1, 1186};
 
 // Few rows: memory is the limit, so every SM must load from the start to the end.
 constexpr Candidate kSmall[] = {
@@ -128,7 +128,8 @@ Estimate Cost(const Problem& p, const Config& c, double cycles, int num_sms) {
   const double blocks = static_cast<double>(CeilDiv(CeilDiv(tokens, kBlockK), c.split));
   // What stores of a tile hold up, although they run beside the next one.
   const bool slow = p.mode == kGrouped && c.math == 1;  // seen with little K
-  const double epilogue = slow ? 2200 : c.block_m * c.block_n / 16.0;
+  const double area = c.block_m * c.block_n;
+  const double epilogue = slow ? 2200 : StagesWhole(c) ? 1000 + area / 32 : area / 16;
 
   // CTAs of the busiest SM, one after the other or together.
   const double ctas = clusters * c.cluster() / num_sms;
