@@ -15,25 +15,49 @@ struct WarpTile {
   int col;
 };
 
-// Straight from the registers: four lanes fill 32 bytes of float32, a whole sector, or 16 of bf16.
+// Lane i of four gets what lane j has in v[i], as v[j].
+JAX_DS_DEVICE void transpose_quad(u32 (&v)[4]) {
+  const bool odd = lane_id() & 1, high = lane_id() & 2;
+  u32 a = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 1);
+  u32 b = __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], 1);
+  (odd ? v[0] : v[1]) = a, (odd ? v[2] : v[3]) = b;
+  a = __shfl_xor_sync(0xffffffffu, high ? v[0] : v[2], 2);
+  b = __shfl_xor_sync(0xffffffffu, high ? v[1] : v[3], 2);
+  (high ? v[0] : v[2]) = a, (high ? v[1] : v[3]) = b;
+}
+
+// Straight from the registers. Four lanes fill 32 bytes of float32, a whole sector; of bfloat16 it
+// would be 16 a store, so they exchange four strips of 8 columns, and each stores one of them.
 template <int kOutput, int kSize>
 JAX_DS_DEVICE void store_registers(const Params& p, const float (&total)[kSize],
                                    const WarpTile& t) {
   static_assert(kOutput != kFloat32Add);
-  const int row = t.row + lane_id() / 4;
-  const int col = t.col + lane_id() % 4 * 2;
+  const int lane = lane_id() % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (row + 8 * half >= t.row_end) continue;
-    const i64 line = (static_cast<i64>(t.matrix) * p.m + row + 8 * half) * p.n + col;
+    const int row = t.row + lane_id() / 4 + 8 * half;
+    const i64 line = (static_cast<i64>(t.matrix) * p.m + row) * p.n;
+    const auto at = [&](int strip, int i) { return total[4 * strip + 2 * half + i]; };
 #pragma unroll
-    for (int j = 0; j < kSize / 4; ++j) {
-      if (col + 8 * j >= p.n) continue;
-      const float a = total[4 * j + 2 * half], b = total[4 * j + 2 * half + 1];
+    for (int strip = 0; strip < kSize / 4; strip += 4) {
       if constexpr (kOutput == kBfloat16) {
-        st_global_b32(static_cast<u16*>(p.out_data) + line + 8 * j, cvt_bf16x2(a, b));
+        u32 v[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (strip + i < kSize / 4) v[i] = cvt_bf16x2(at(strip + i, 0), at(strip + i, 1));
+        }
+        transpose_quad(v);
+        const int col = t.col + 8 * (strip + lane);
+        if (row < t.row_end && strip + lane < kSize / 4 && col < p.n) {
+          st_global_v4(static_cast<u16*>(p.out_data) + line + col, {v[0], v[1], v[2], v[3]});
+        }
       } else {
-        st_global_v2_f32(static_cast<float*>(p.out_data) + line + 8 * j, a, b);
+#pragma unroll
+        for (int i = strip; i < strip + 4 && i < kSize / 4; ++i) {
+          const int col = t.col + 8 * i + 2 * lane;
+          if (row >= t.row_end || col >= p.n) continue;
+          st_global_v2_f32(static_cast<float*>(p.out_data) + line + col, at(i, 0), at(i, 1));
+        }
       }
     }
   }
