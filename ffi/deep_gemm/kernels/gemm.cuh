@@ -292,20 +292,25 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
     load_groups<kConfig>(p, s.groups.ends);
     if constexpr (IsRagged(kConfig) && !DealsTiles(kConfig)) count_tiles<kConfig>(p, s.groups);
   }
+  TileLoads<kConfig> loads(p, s);
   if (kEarly && producer) {
     bar_arrive(0, kConfig.threads());
+    // Into slots nobody has used: the cluster's barrier is met before the thread waits for others,
+    // which racecheck takes the whole CTA to do.
+    if (elect_one()) loads.issue(min(kConfig.stages, 4));
+    __syncwarp();
   } else {
     bar_sync(0, kConfig.threads());
-    // Nobody may write to a CTA of the cluster that has not come so far.
-    if constexpr (kConfig.cluster() > 1) barrier_cluster_wait();
   }
+  // Nobody may write to a CTA of the cluster that has not come so far.
+  if constexpr (kConfig.cluster() > 1) barrier_cluster_wait();
 
   if (warp >= kMathWarps) {
     if constexpr (kConfig.moves_registers()) setmaxnreg_dec<kConfig.producer_registers()>();
     if (warp == kMathWarps + 1) {
       produce_scales<kConfig>(p, s);
     } else if (producer && elect_one()) {
-      produce_tiles<kConfig>(p, s);
+      loads.issue(1 << 30);
     }
     if constexpr (DealsTiles(kConfig)) {
       if (warp == kMathWarps + 2) Dealer<kConfig>(p, s.groups).run();

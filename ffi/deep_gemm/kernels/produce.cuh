@@ -7,38 +7,56 @@
 
 namespace jax_ds::deep_gemm {
 
-// One thread. TMA counts its bytes on the slot's barrier.
+// The operands, by one thread. TMA counts its bytes on the slot's barrier.
 template <Config kConfig>
-JAX_DS_DEVICE void produce_tiles(const Params& p, Storage<kConfig>& s) {
-  constexpr int kLhsRows = LhsBox(kConfig);
-  const u32 rank = kConfig.multicast > 1 ? cluster_ctarank() : 0;
-  const u32 part = rank % kConfig.multicast;  // of the lhs tile
-  const u16 sharers = ((1 << kConfig.multicast) - 1) << (rank - part);
+class TileLoads {
+ public:
+  JAX_DS_DEVICE TileLoads(const Params& p, Storage<kConfig>& s)
+      : p_(p), s_(s), ring_(s.ring), schedule_(p, s.groups) {}
 
-  Pipeline<kConfig.stages> ring(s.ring);
-  TileSchedule<kConfig> schedule(p, s.groups);
-  for (Tile tile; schedule.next(tile);) {
-    const int rhs_row = (kConfig.mode == kWgrad ? 0 : tile.group * p.n) + tile.col;
-    const int end = (tile.k_begin + tile.k_blocks) * kBlockK;
-    const int rows = IsRagged(kConfig) ? tile.lhs_parts * kPart : kConfig.block_m;
-    const u32 bytes = (rows + kConfig.block_n) * kBlockK;
-    for (int k = tile.k_begin * kBlockK; k < end; k += kBlockK, ring.advance()) {
-      const int slot = ring.slot();
-      ring.acquire();
-      ring.commit(bytes);
-      tma_load_2d(s.rhs[slot], &p.rhs, ring.full(), k, rhs_row);
-      for (int row = part * kLhsRows; row < rows; row += kConfig.multicast * kLhsRows) {
-        u8* const lhs = s.lhs[slot] + row * kBlockK;
-        if constexpr (kConfig.multicast > 1) {
-          // Each sharer brings its part of the lhs tile to all of them.
-          tma_load_2d_multicast(lhs, &p.lhs, ring.full(), sharers, k, tile.lhs_row + row);
-        } else {
-          tma_load_2d(lhs, &p.lhs, ring.full(), k, tile.lhs_row + row);
+  // Fills the next `slots` slots, or those that are left to fill.
+  JAX_DS_DEVICE void issue(int slots) {
+    constexpr int kLhsRows = LhsBox(kConfig);
+    const u32 rank = kConfig.multicast > 1 ? cluster_ctarank() : 0;
+    const u32 part = rank % kConfig.multicast;  // of the lhs tile
+    const u16 sharers = ((1 << kConfig.multicast) - 1) << (rank - part);
+    while (slots > 0 && (k_ < end_ || next_tile())) {
+      const int rhs_row = (kConfig.mode == kWgrad ? 0 : tile_.group * p_.n) + tile_.col;
+      const int rows = IsRagged(kConfig) ? tile_.lhs_parts * kPart : kConfig.block_m;
+      const u32 bytes = (rows + kConfig.block_n) * kBlockK;
+      for (; k_ < end_ && slots > 0; --slots, k_ += kBlockK, ring_.advance()) {
+        const int slot = ring_.slot();
+        ring_.acquire();
+        ring_.commit(bytes);
+        tma_load_2d(s_.rhs[slot], &p_.rhs, ring_.full(), k_, rhs_row);
+        for (int row = part * kLhsRows; row < rows; row += kConfig.multicast * kLhsRows) {
+          u8* const lhs = s_.lhs[slot] + row * kBlockK;
+          if constexpr (kConfig.multicast > 1) {
+            // Each sharer brings its part of the lhs tile to all of them.
+            tma_load_2d_multicast(lhs, &p_.lhs, ring_.full(), sharers, k_, tile_.lhs_row + row);
+          } else {
+            tma_load_2d(lhs, &p_.lhs, ring_.full(), k_, tile_.lhs_row + row);
+          }
         }
       }
     }
   }
-}
+
+ private:
+  JAX_DS_DEVICE bool next_tile() {
+    if (!schedule_.next(tile_)) return false;
+    k_ = tile_.k_begin * kBlockK;
+    end_ = k_ + tile_.k_blocks * kBlockK;
+    return true;
+  }
+
+  const Params& p_;
+  Storage<kConfig>& s_;
+  Pipeline<kConfig.stages> ring_;
+  TileSchedule<kConfig> schedule_;
+  Tile tile_;
+  int k_ = 0, end_ = 0;  // where the next slot's part of K begins, where the tile's ends
+};
 
 // kCount floats to shared memory, kVector of them a lane and copy; zero from `limit` on, which is
 // not read.
