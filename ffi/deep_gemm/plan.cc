@@ -16,7 +16,8 @@ constexpr int kSharedAlone = 232448, kSharedHalf = 115712;
 // A configuration but for mode, output and stages, with what was measured for it.
 struct Candidate {
   int block_m, block_n, math, multicast, split, per_sm, depth;
-  double cycles;  // per tile and block of K, with the SM's other CTAs running
+  double cycles;    // per tile and block of K, with the SM's other CTAs running
+  int stages = 16;  // at most: slots asked for early come late where many do
 };
 
 // Many rows: the tensor cores are the limit, beside which promotion runs.
@@ -35,9 +36,11 @@ constexpr Candidate kSmall[] = {
 };
 // One matrix has too few tiles for that; K is divided too.
 constexpr Candidate kSmallest[] = {
-    {64, 32, 1, 1, 2, 2, 2, 170},   {64, 64, 1, 1, 2, 2, 2, 340},   {64, 64, 1, 1, 4, 2, 2, 300},
-    {64, 112, 1, 1, 2, 1, 2, 430},  {128, 32, 2, 1, 2, 1, 2, 250},  {128, 64, 2, 1, 2, 1, 2, 380},
-    {128, 112, 2, 1, 2, 1, 2, 600}, {128, 128, 2, 2, 2, 1, 2, 700},
+    {64, 32, 2, 1, 2, 1, 2, 130, 12}, {64, 32, 1, 1, 2, 2, 2, 170},
+    {64, 64, 1, 1, 2, 2, 2, 340},     {64, 64, 1, 1, 4, 2, 2, 300},
+    {64, 112, 1, 1, 2, 1, 2, 430},    {128, 32, 2, 1, 2, 1, 2, 250},
+    {128, 64, 2, 1, 2, 1, 2, 380},    {128, 112, 2, 1, 2, 1, 1, 590},
+    {128, 128, 2, 2, 2, 1, 2, 700},
 };
 
 // Weight gradients: every column has its own scale, which doubles the promotion. Tall tiles
@@ -57,8 +60,9 @@ Config Configure(const Problem& problem, const Candidate& c) {
   const int limit = c.per_sm == 1 ? kSharedAlone : kSharedHalf;
   do {
     ++config.stages;
-  } while (SharedBytes(config) <= limit && config.stages <= 16);
+  } while (SharedBytes(config) <= limit && config.stages <= c.stages);
   --config.stages;
+  if (config.k_parts() > 1) config.stages -= config.stages % (2 * config.depth);  // equal turns
   return config;
 }
 

@@ -147,6 +147,12 @@ JAX_DS_DEVICE void st_shared_v4(u32 address, u32 a, u32 b, u32 c, u32 d) {
                : "memory");
 }
 
+JAX_DS_DEVICE void st_shared_v4_f32(u32 address, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
+}
+
 JAX_DS_DEVICE uint4 ld_shared_v4(u32 address) {
   uint4 value;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

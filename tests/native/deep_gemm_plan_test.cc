@@ -30,7 +30,8 @@ void Launchable(const Plan& plan, const std::set<std::string>& entries) {
   CHECK_EQ(plan.Spec().shared_bytes, SharedBytes(c));
   CHECK(SharedBytes(c) <= (c.per_sm == 1 ? 232448 : 115712));
   CHECK(c.stages > c.depth && c.stages <= 16);
-  CHECK(c.block_m % (64 * c.math) == 0 && c.waves() <= 2);
+  CHECK(c.block_m % (64 * c.row_groups()) == 0 && c.waves() <= 2);
+  CHECK(c.k_parts() == 1 || c.stages % (2 * c.depth) == 0);
   CHECK(c.block_m / c.multicast % 8 == 0);
   CHECK(c.cluster() <= 8 && c.threads() <= 512);
   CHECK(ScaleUnits(c) <= 16);

@@ -20,7 +20,7 @@ enum Output : int { kBfloat16, kFloat32, kFloat32Add };
 struct Config {
   int mode;
   int output;
-  int block_m;    // rows of a CTA's tile: 64 or 128 for each math warpgroup
+  int block_m;    // rows of a CTA's tile: 64 or 128 for each math warpgroup, or 64 for each pair
   int block_n;    // columns of a CTA's tile
   int stages;     // slots of the operand ring
   int math;       // math warpgroups
@@ -29,12 +29,15 @@ struct Config {
   int per_sm;     // CTAs meant to run together on an SM: 1 or 2
   int depth;      // k-blocks a warpgroup has in flight: it promotes one while the next multiplies
 
-  constexpr int waves() const { return block_m / (64 * math); }
+  // Math warpgroups that share their rows, and divide the CTA's blocks of K.
+  constexpr int k_parts() const { return 64 * math > block_m ? 2 : 1; }
+  constexpr int row_groups() const { return math / k_parts(); }
+  constexpr int waves() const { return block_m / (64 * row_groups()); }
   constexpr int cluster() const { return multicast * split; }
   constexpr int math_threads() const { return 128 * math; }
-  // Registers move from the producers to the math warpgroups where there are two; that takes a
-  // whole warpgroup of producers.
-  constexpr bool moves_registers() const { return math > 1 && per_sm == 1; }
+  // Registers move from the producers to the math warpgroups where there are two with rows of their
+  // own; that takes a whole warpgroup of producers.
+  constexpr bool moves_registers() const { return math == 2 && k_parts() == 1 && per_sm == 1; }
   constexpr int threads() const { return math_threads() + (moves_registers() ? 128 : 64); }
   // What a thread has after that. Weight gradients keep the scales of all columns in registers.
   constexpr int math_registers() const { return mode == kWgrad ? 240 : 232; }
@@ -95,19 +98,30 @@ constexpr int RhsScaleSlots(const Config& c) {
 // Scales of lhs in a stage. A group may begin at any row, copies of 16 bytes at every fourth.
 constexpr int LhsScaleSlots(const Config& c) { return c.block_m + (c.mode == kGrouped ? 4 : 0); }
 
+// Arrays have an element even where they are not needed.
+constexpr int ArrayBytes(int bytes) { return bytes > 16 ? bytes : 16; }
+
 // Bytes of the buffer in which a CTA receives the other splits' parts of its share of the tile.
 constexpr int ReduceBytes(const Config& c) {
-  return c.block_m * c.block_n * 4 / c.split * (c.split - 1);
+  return ArrayBytes(c.block_m * c.block_n * 4 / c.split * (c.split - 1));
+}
+
+// Bytes of the buffer in which a math warpgroup leaves its total to the one that shares its rows.
+constexpr int JoinBytes(const Config& c) {
+  return ArrayBytes(c.k_parts() > 1 ? c.block_m * c.block_n * 4 : 0);
 }
 
 // Tiles leave through shared memory by TMA. Large bfloat16 tiles do as a whole, 64 rows x 128 bytes
 // a store, so that nobody waits for a store before the next tile is done. Others leave 16 rows x
-// 128 bytes of a math warp at a time. The shares of split tiles are too narrow for that to pay.
+// 128 bytes of a math warp at a time. The shares of split tiles are too narrow for that to pay, and
+// few dense rows are a tile or two a CTA, beside which nothing else would run.
 constexpr int kStagingBytes = 16 * 128;
 constexpr int OutputBytes(const Config& c) { return c.output == kBfloat16 ? 2 : 4; }
-constexpr bool StoresByTma(const Config& c) { return c.split == 1; }
+constexpr bool StoresByTma(const Config& c) {
+  return c.split == 1 && (c.mode != kDense || c.block_m > 64);
+}
 constexpr bool StagesWhole(const Config& c) {
-  return StoresByTma(c) && c.output == kBfloat16 && c.math == 2;
+  return StoresByTma(c) && c.output == kBfloat16 && c.row_groups() == 2;
 }
 constexpr int OutBoxes(const Config& c) { return (c.block_n + 63) / 64; }  // side by side
 constexpr int OutBox(const Config& c) { return StagesWhole(c) ? 64 : 16; }
@@ -115,6 +129,9 @@ constexpr int OutBox(const Config& c) { return StagesWhole(c) ? 64 : 16; }
 constexpr int StagingBuffers(const Config& c) {
   if (StagesWhole(c)) return c.waves() * OutBoxes(c);
   return !StoresByTma(c) ? 0 : c.block_m * c.block_n == 128 * 128 ? 2 : 1;
+}
+constexpr int StagingBytes(const Config& c) {  // of a warp
+  return ArrayBytes(StagingBuffers(c) * kStagingBytes);
 }
 
 // Rows of lhs that one load brings.
@@ -131,9 +148,8 @@ constexpr int SharedBytes(const Config& c) {
   const int tiles = (c.block_m + c.block_n) * kBlockK;
   const int scales = (LhsScaleSlots(c) + RhsScaleSlots(c)) * 4;
   const int barriers = 16 * c.stages + 16;
-  return RoundUp(c.stages * (tiles + scales) + StagingBuffers(c) * 4 * c.math * kStagingBytes +
-                     ReduceBytes(c) + GroupBytes(c) + barriers,
-                 1024);
+  const int buffers = 4 * c.math * StagingBytes(c) + ReduceBytes(c) + JoinBytes(c);
+  return RoundUp(c.stages * (tiles + scales) + buffers + GroupBytes(c) + barriers, 1024);
 }
 
 }  // namespace jax_ds::deep_gemm

@@ -173,6 +173,25 @@ JAX_DS_DEVICE void multiply_gradient_tile(const Storage<kConfig>& s, Pipeline<kC
   }
 }
 
+// The same where a second warpgroup has these rows: they take turns, always at the same slots. If a
+// slot changed hands, one warpgroup could come to it a round early, before it was ever filled,
+// which by its barrier's parity looks as if it were full.
+template <Config kConfig>
+JAX_DS_DEVICE void multiply_in_turns(const Storage<kConfig>& s, Pipeline<kConfig.stages>& ring,
+                                     float (&total)[1][kConfig.block_n / 2], int group, int part,
+                                     int blocks, int scale_row) {
+  constexpr int kDepth = kConfig.depth;
+  for (int turn = 0; blocks > 0; blocks -= kDepth, turn ^= 1) {
+    if (turn != part) {
+      for (int d = 0; d < min(kDepth, blocks); ++d) ring.advance();
+    } else if (blocks >= kDepth) {
+      accumulate<kConfig, kDepth, 1>(s, ring, total, group, scale_row);
+    } else {
+      accumulate<kConfig, 1, 1>(s, ring, total, group, scale_row);
+    }
+  }
+}
+
 // Rows of the warp's part from `valid` on are zero: what was read there may be NaN.
 template <Config kConfig>
 JAX_DS_DEVICE void clear_rows(float (&total)[kConfig.block_n / 2], int valid) {
@@ -201,7 +220,9 @@ JAX_DS_DEVICE void store_waves(const Params& p,
 template <Config kConfig>
 JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
   constexpr int kWaves = kConfig.waves(), kN = kConfig.block_n;
-  const int warp = warp_id(), group = warp / 4, warp_row = warp % 4 * 16;
+  constexpr int kGroups = kConfig.row_groups();
+  const int warp = warp_id(), group = warp / 4 % kGroups, warp_row = warp % 4 * 16;
+  const int k_part = warp / 4 / kGroups;
   Staging<kConfig> staging(s.staging[warp]);
 
   Pipeline<kConfig.stages> ring(s.ring);
@@ -218,6 +239,8 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
     const int end = tile.rows - first_row<kConfig>(group, 0);
     if constexpr (kConfig.mode == kWgrad) {
       multiply_gradient_tile<kConfig>(s, ring, total, group, blocks, scale_row);
+    } else if constexpr (kConfig.k_parts() > 1) {
+      multiply_in_turns<kConfig>(s, ring, total, group, k_part, blocks, scale_row);
     } else if (!IsRagged(kConfig) || end > first_row<kConfig>(0, kWaves - 1)) {
       multiply_tile<kConfig, kWaves>(s, ring, total, group, blocks, scale_row);
     } else if (kWaves > 1 && end > 0) {
@@ -227,6 +250,10 @@ JAX_DS_DEVICE void consume(const Params& p, Storage<kConfig>& s) {
     }
 
     more = schedule.next(next);  // its divisions run beside the stores
+    if constexpr (kConfig.k_parts() > 1) {
+      join_parts<kConfig>(s, total[0], group, k_part);
+      if (k_part > 0) continue;
+    }
     if constexpr (kConfig.split > 1) {
       float share[kN / 2 / kConfig.split];
       reduce_splits<kConfig>(s, reduce_buffer, total[0], share, more);
@@ -265,7 +292,7 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
   static_assert(legal<kConfig>());
   extern __shared__ __align__(1024) u8 memory[];
   Storage<kConfig>& s = *reinterpret_cast<Storage<kConfig>*>(memory);
-  constexpr u32 kMathWarps = kConfig.math * 4;
+  constexpr u32 kMathWarps = kConfig.math * 4, kRowWarps = kConfig.row_groups() * 4;
 
   // Where no other CTA fills its slots, the producer's own initialisation is all it must wait for.
   constexpr bool kEarly = kConfig.mode == kDense && kConfig.multicast == 1;
@@ -273,8 +300,8 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
   const u32 warp = warp_id();
   const bool producer = warp == kMathWarps;
   if (producer && elect_one()) {
-    s.ring.init(1 + 32, kMathWarps * (32 + kConfig.multicast - 1));
-    if constexpr (kConfig.split > 1) s.reduced.init(1, kMathWarps * (kConfig.split - 1));
+    s.ring.init(1 + 32, kRowWarps * (32 + kConfig.multicast - 1));
+    if constexpr (kConfig.split > 1) s.reduced.init(1, kRowWarps * (kConfig.split - 1));
     if constexpr (DealsTiles(kConfig)) s.groups.posted.init(1, 1 + 32 + kMathWarps * 32);
     fence_mbarrier_init();
   }

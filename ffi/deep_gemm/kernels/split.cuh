@@ -1,9 +1,37 @@
-// Adding up what the CTAs of a cluster computed over their parts of K.
+// Adding up what warpgroups of a CTA, and CTAs of a cluster, computed over their parts of K.
 #pragma once
 
 #include "deep_gemm/kernels/storage.cuh"
 
 namespace jax_ds::deep_gemm {
+
+// Adds the total of the second warpgroup that has these rows to that of the first. Both call it;
+// the second is done with the tile then.
+template <Config kConfig>
+JAX_DS_DEVICE void join_parts(Storage<kConfig>& s, float (&total)[kConfig.block_n / 2], int group,
+                              int part) {
+  constexpr int kThreads = 128 * kConfig.row_groups();
+  const u32 base = shared_address(&s.joined[threadIdx.x % kThreads]);
+  const int written = 1 + group, read = 3 + group;
+  if (part == 1) {
+#pragma unroll
+    for (int i = 0; i < kConfig.block_n / 8; ++i) {
+      const float* v = total + 4 * i;
+      st_shared_v4_f32(base + i * kThreads * 16, v[0], v[1], v[2], v[3]);
+    }
+    bar_arrive(written, 256);
+    bar_sync(read, 256);  // or the next tile's total might overwrite this one's
+  } else {
+    bar_sync(written, 256);
+#pragma unroll
+    for (int i = 0; i < kConfig.block_n / 8; ++i) {
+      const float4 v = ld_shared_v4_f32(base + i * kThreads * 16);
+      total[4 * i] += v.x, total[4 * i + 1] += v.y;
+      total[4 * i + 2] += v.z, total[4 * i + 3] += v.w;
+    }
+    bar_arrive(read, 256);
+  }
+}
 
 // Adds the partial tiles of a cluster's splits in order: the CTA of split r gets the r-th part of
 // every thread's registers, which is the r-th part of the tile's columns. `more`: tiles follow.
@@ -12,7 +40,7 @@ JAX_DS_DEVICE void reduce_splits(Storage<kConfig>& s, Pipeline<1>& buffer, const
                                  float* share, bool more) {
   constexpr int kSplit = kConfig.split;
   constexpr int kVectors = kConfig.block_n / 2 / kSplit / 4;  // of four floats, of one share
-  constexpr int kThreads = kConfig.math_threads();
+  constexpr int kThreads = 128 * kConfig.row_groups();
   const u32 rank = cluster_ctarank(), thread = threadIdx.x;
   const u32 self = rank / kConfig.multicast, column = rank % kConfig.multicast;
 

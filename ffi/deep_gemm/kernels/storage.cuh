@@ -39,9 +39,9 @@ template <Config kConfig>
 struct Storage {
   u8 lhs[kConfig.stages][kConfig.block_m * kBlockK];
   u8 rhs[kConfig.stages][kConfig.block_n * kBlockK];
-  u8 staging[kConfig.math * 4]
-            [StagingBuffers(kConfig) > 0 ? StagingBuffers(kConfig) * kStagingBytes : 16];
-  float4 reduce[ReduceBytes(kConfig) > 0 ? ReduceBytes(kConfig) / 16 : 1];
+  u8 staging[kConfig.math * 4][StagingBytes(kConfig)];
+  float4 reduce[ReduceBytes(kConfig) / 16];
+  float4 joined[JoinBytes(kConfig) / 16];
   alignas(16) float lhs_scales[kConfig.stages][LhsScaleSlots(kConfig)];
   alignas(16) float rhs_scales[kConfig.stages][RhsScaleSlots(kConfig)];
   Groups<kConfig> groups;
@@ -50,17 +50,18 @@ struct Storage {
 };
 
 // The first of a warpgroup's `wave`-th 64 rows of the tile. Warpgroups alternate, so that of a tile
-// that ends early none has all the work. No member of Config: that would read `math` from memory.
+// that ends early none has all the work. No member of Config: that would read sizes from memory.
 template <Config kConfig>
 JAX_DS_DEVICE int first_row(int group, int wave) {
-  constexpr int kMath = kConfig.math;
-  return (wave * kMath + group) * 64;
+  constexpr int kGroups = kConfig.row_groups();
+  return (wave * kGroups + group) * 64;
 }
 
 template <Config kConfig>
 constexpr bool legal() {
   constexpr Config c = kConfig;
-  static_assert(c.block_m % (64 * c.math) == 0 && c.waves() <= 2, "64 or 128 rows a warpgroup");
+  static_assert(c.block_m % (64 * c.row_groups()) == 0 && c.waves() <= 2,
+                "64 or 128 rows a warpgroup");
   static_assert(c.block_n % 16 == 0 && c.block_n * kBlockK % 1024 == 0, "swizzle atoms");
   static_assert(!IsRagged(c) || c.block_m <= 256, "Cut divides by at most four");
   static_assert(c.block_m / c.multicast % 8 == 0, "parts of the lhs tile");
@@ -69,10 +70,13 @@ constexpr bool legal() {
   static_assert(
       c.split == 1 || (c.waves() == 1 && c.mode != kMasked && c.block_n / c.split % 8 == 0),
       "whole strips");
+  static_assert(c.k_parts() == 1 || (c.waves() == 1 && c.mode == kDense), "one total a thread");
+  static_assert(c.k_parts() == 1 || c.stages % (2 * c.depth) == 0,
+                "a slot's turn is always the same");
   static_assert(c.depth == 1 || (c.depth == 2 && c.waves() == 1 && c.stages > 2), "registers");
   static_assert(c.mode != kWgrad || (c.block_n <= (c.waves() > 1 ? 128 : 160) && c.depth == 1),
                 "registers");
-  static_assert(c.math <= 2 && (c.math == 1 || c.per_sm == 1), "registers");
+  static_assert(c.row_groups() <= 2 && (c.row_groups() == 1 || c.per_sm == 1), "registers");
   static_assert(
       !c.moves_registers() || c.math * c.math_registers() + c.producer_registers() <= 3 * 168,
       "three warpgroups start with 168");
