@@ -130,9 +130,8 @@ Error EncodeMaps(const Problem& p, const Config& c, void* lhs, void* rhs, Params
   // Of few rows' weights L2 brings 128 bytes a miss, not 256: the next are asked for anyway.
   const int promotion = p.mode == kDense && c.block_m == 64 ? 2 : 3;
   JAX_DS_ASSIGN_OR_RETURN(
-      params->rhs,
-      jit::EncodeTensorMap(jit::MapType::kUint8, rhs, {p.k, rhs_rows}, {p.k}, {kBlockK, c.block_n},
-                           {jit::Swizzle::k128B, promotion}));
+      params->rhs, jit::EncodeTensorMap(jit::MapType::kUint8, rhs, {p.k, rhs_rows}, {p.k},
+                                        {kBlockK, c.block_n}, {jit::Swizzle::k128B, promotion}));
   JAX_DS_ASSIGN_OR_RETURN(
       params->out, jit::EncodeTensorMap(out_type, params->out_data, {p.n, p.m, matrices},
                                         {p.n * out_bytes, p.m * p.n * out_bytes},

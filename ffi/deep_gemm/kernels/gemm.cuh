@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
     bar_arrive(0, kConfig.threads());
     // Into slots nobody has used: the cluster's barrier is met before the thread waits for others,
     // which racecheck takes the whole CTA to do.
-    if (elect_one()) loads.issue(min(kConfig.stages, 4));
+    if (elect_one()) loads.template issue < kConfig.stages<4 ? kConfig.stages : 4>();
     __syncwarp();
   } else {
     bar_sync(0, kConfig.threads());
@@ -337,7 +337,11 @@ __global__ void __launch_bounds__(kConfig.threads(), kConfig.per_sm)
     if (warp == kMathWarps + 1) {
       produce_scales<kConfig>(p, s);
     } else if (producer && elect_one()) {
-      loads.issue(1 << 30);
+      if constexpr (kEarly) {
+        loads.template issue<TileLoads<kConfig>::kAll>();
+      } else {
+        TileLoads<kConfig>(p, s).template issue<TileLoads<kConfig>::kAll>();
+      }
     }
     if constexpr (DealsTiles(kConfig)) {
       if (warp == kMathWarps + 2) Dealer<kConfig>(p, s.groups).run();

@@ -14,17 +14,22 @@ class TileLoads {
   JAX_DS_DEVICE TileLoads(const Params& p, Storage<kConfig>& s)
       : p_(p), s_(s), ring_(s.ring), schedule_(p, s.groups) {}
 
-  // Fills the next `slots` slots, or those that are left to fill.
-  JAX_DS_DEVICE void issue(int slots) {
+  static constexpr int kAll = 0;
+
+  // Fills the next kSlots slots, or those that are left to fill.
+  template <int kSlots>
+  JAX_DS_DEVICE void issue() {
+    int slots = kSlots;  // no register for them where all are filled
+    const auto goes_on = [&] { return kSlots == kAll || slots > 0; };
     constexpr int kLhsRows = LhsBox(kConfig);
     const u32 rank = kConfig.multicast > 1 ? cluster_ctarank() : 0;
     const u32 part = rank % kConfig.multicast;  // of the lhs tile
     const u16 sharers = ((1 << kConfig.multicast) - 1) << (rank - part);
-    while (slots > 0 && (k_ < end_ || next_tile())) {
+    while (goes_on() && (k_ < end_ || next_tile())) {
       const int rhs_row = (kConfig.mode == kWgrad ? 0 : tile_.group * p_.n) + tile_.col;
       const int rows = IsRagged(kConfig) ? tile_.lhs_parts * kPart : kConfig.block_m;
       const u32 bytes = (rows + kConfig.block_n) * kBlockK;
-      for (; k_ < end_ && slots > 0; --slots, k_ += kBlockK, ring_.advance()) {
+      for (; k_ < end_ && goes_on(); --slots, k_ += kBlockK, ring_.advance()) {
         const int slot = ring_.slot();
         ring_.acquire();
         ring_.commit(bytes);
