@@ -1,6 +1,7 @@
 """Training: loss, gradients over the mesh, AdamW, and the balancing of the experts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
-from jax_ds._core.checks import check_integer, check_number
+from jax_ds._core.checks import check, check_integer, check_number
 from jax_ds._runtime.varying import to_varying
 from jax_ds.models.checks import check_mesh, check_tokens
 from jax_ds.models.config import ModelConfig
@@ -145,7 +146,6 @@ def make_train_step(
     axes = mesh.axis_names
 
     def step(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
-        check_tokens(tokens, "B S+1", 2)
         local = to_varying(state.params, axes)
         total = mesh.size * tokens.shape[0] * (tokens.shape[1] - 1)
 
@@ -166,13 +166,9 @@ def make_train_step(
         metrics = Metrics(jax.lax.psum(value, axes), norm, load, dropped)
         return TrainState(state.step + 1, params, optimizer), metrics
 
-    sharded = jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(specs, PartitionSpec(model.axis_name)),
-        out_specs=(specs, PartitionSpec()),
-    )
-    return jax.jit(sharded, donate_argnums=0)
+    batch = PartitionSpec(model.axis_name)
+    step = _on_mesh(step, mesh, in_specs=(specs, batch), out_specs=(specs, PartitionSpec()))
+    return jax.jit(step, donate_argnums=0)
 
 
 def make_eval_step(
@@ -194,19 +190,26 @@ def make_eval_step(
     specs = param_specs(model, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
 
     def evaluate(params: ModelParams, tokens: Array) -> Array:
-        check_tokens(tokens, "B S+1", 2)
         value, _ = _summed_loss(model, to_varying(params, mesh.axis_names), tokens)
         total = mesh.size * tokens.shape[0] * (tokens.shape[1] - 1)
         return jax.lax.psum(value, mesh.axis_names) / total
 
-    return jax.jit(
-        jax.shard_map(
-            evaluate,
-            mesh=mesh,
-            in_specs=(specs, PartitionSpec(model.axis_name)),
-            out_specs=PartitionSpec(),
-        )
-    )
+    batch = PartitionSpec(model.axis_name)
+    return jax.jit(_on_mesh(evaluate, mesh, in_specs=(specs, batch), out_specs=PartitionSpec()))
+
+
+def _on_mesh(function: Callable[..., Any], mesh: Mesh, **specs: Any) -> Callable[..., Any]:
+    """`function(first, tokens)` over the mesh; the batch is checked before it is divided."""
+    sharded = jax.shard_map(function, mesh=mesh, **specs)
+
+    @functools.wraps(function)
+    def call(first: Any, tokens: Array) -> Any:
+        check_tokens(tokens, "B S+1", 2)
+        rule = f"must have shape [B S+1] with B a multiple of the mesh's {mesh.size} devices"
+        check(tokens.shape[0] % mesh.size == 0, "tokens", rule, list(tokens.shape))
+        return sharded(first, tokens)
+
+    return call
 
 
 def _summed_loss(

@@ -167,17 +167,23 @@ def test_a_mesh_has_no_other_axes() -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [
-        ((16,), np.int32, "tokens: must have 2 dimensions, got shape [2]"),
+        ((16,), np.int32, "tokens: must have 2 dimensions, got shape [16]"),
         ((8, 9), np.float32, "tokens: dtype must be int32, got float32"),
         (
             (8, 1),
             np.int32,
-            "tokens: must have shape [B S+1] with 2 or more in a row, got [1, 1]",
+            "tokens: must have shape [B S+1] with 2 or more in a row, got [8, 1]",
+        ),
+        (
+            (12, 9),
+            np.int32,
+            "tokens: must have shape [B S+1] with B a multiple of the mesh's 8 devices, "
+            "got [12, 9]",
         ),
     ],
 )
 def test_token_errors(shape: tuple[int, ...], dtype: Any, message: str) -> None:
-    mesh, axis = tiny.mesh(8)
+    mesh, _ = tiny.mesh(8)
     config = tiny.config()
 
     def placed(shape: tuple[int, ...], dtype: Any, spec: jax.P) -> jax.ShapeDtypeStruct:
@@ -187,7 +193,7 @@ def test_token_errors(shape: tuple[int, ...], dtype: Any, message: str) -> None:
     specs = models.param_specs(config, params)
     params = jax.tree.map(lambda p, spec: placed(p.shape, p.dtype, spec), params, specs)
     with pytest.raises((ValueError, TypeError)) as error:
-        models.make_eval_step(config, mesh).trace(params, placed(shape, dtype, jax.P(axis)))
+        models.make_eval_step(config, mesh).trace(params, placed(shape, dtype, jax.P()))
     assert str(error.value) == message
 
 
