@@ -1,6 +1,7 @@
 """What benchmarks over ranks share: sizes, and programs on the mesh of all ranks."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,15 +62,9 @@ class Ranks:
         numbers = jax.make_array_from_single_device_arrays((self.mesh.size,), sharding, local)
         return float(np.asarray(self._largest(numbers))[0])
 
-    @property
+    @functools.cached_property
     def _largest(self) -> Any:
-        if not hasattr(self, "_compiled"):
-            self._compiled = jax.jit(
-                jax.shard_map(
-                    lambda a: jax.lax.pmax(a, "ep"),
-                    mesh=self.mesh,
-                    in_specs=P("ep"),
-                    out_specs=P(),
-                )
-            )
-        return self._compiled
+        def largest(a: Array) -> Array:
+            return jax.lax.pmax(a, "ep")
+
+        return jax.jit(jax.shard_map(largest, mesh=self.mesh, in_specs=P("ep"), out_specs=P()))
