@@ -19,6 +19,11 @@ Implementation = Literal["cuda", "xla"] | None
 _HOPPER = "9.0"
 
 
+def check_implementation(implementation: object) -> None:
+    """Requires what `choose` takes."""
+    check_choice("implementation", implementation, (None, "xla", "cuda"))
+
+
 def choose(
     op: str,
     implementation: Implementation,
@@ -38,7 +43,7 @@ def choose(
       cuda: the kernel's implementation; None where the operation has none.
       unsupported: why the kernel cannot take these operands, None if it can.
     """
-    check_choice("implementation", implementation, (None, "xla", "cuda"))
+    check_implementation(implementation)
     if implementation == "xla":
         return xla(*operands)
     _reject_sharded(op, operands)

@@ -18,7 +18,7 @@ from jax_ds._core.checks import (
     check_rank,
     check_shape,
 )
-from jax_ds._runtime.choose import Implementation, choose
+from jax_ds._runtime.choose import Implementation, check_implementation, choose
 from jax_ds.flash_mla import ffi, vjp, xla
 from jax_ds.flash_mla.checks import (
     FLOATS,
@@ -138,7 +138,7 @@ def explain(
     check_rank("q", q, 4)
     check_rank("kv_pages", kv_pages, 3)
     _check_value_dim(value_dim, kv_pages.shape[2])
-    check_choice("implementation", implementation, (None, "xla", "cuda"))
+    check_implementation(implementation)
     reason = ffi.decode_unsupported(kv_pages, value_dim)
     if implementation == "xla" or reason is not None:
         return f"portable implementation: {reason or 'asked for'}"

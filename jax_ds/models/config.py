@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jax_ds._core.checks import check, check_choice, check_integer, check_number
-from jax_ds._runtime.choose import Implementation
+from jax_ds._runtime.choose import Implementation, check_implementation
 from jax_ds.moe.gate import check_gate
 
 LATENT = 512  # compressed keys and values of one token
@@ -82,7 +82,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("fp8", "bf16"))
-        check_choice("implementation", self.implementation, (None, "xla", "cuda"))
+        check_implementation(self.implementation)
         for name in _COUNTS:
             check_integer(name, getattr(self, name), 1)
         for name in ("num_dense_layers", "shared_ffn"):
@@ -94,7 +94,7 @@ class ModelConfig:
         if self.capacity_factor is not None:
             check_number("capacity_factor", self.capacity_factor, positive=True)
         check(
-            0 <= self.num_dense_layers < self.num_layers,
+            self.num_dense_layers < self.num_layers,
             "num_dense_layers",
             f"must lie between 0 and num_layers - 1 = {self.num_layers - 1}",
             self.num_dense_layers,
